@@ -1,0 +1,11 @@
+"""Orthonormal optimizers, DTensor-native: the same update on every mesh, compiled.
+
+groups = param_groups(model, algorithm="muon", lr=0.02, scalar="adamw", scalar_lr=3e-4)
+optimizer = Muon(groups, mu=0.95)
+print(audit(optimizer))
+"""
+
+from dion_dtensor.groups import audit, param_groups
+from dion_dtensor.optimizer import Dion, Muon
+
+__all__ = ["Dion", "Muon", "audit", "param_groups"]

@@ -1,0 +1,92 @@
+"""The only file that communicates: verbs on stacks ``[N, m, n]`` that mean the same on every mesh.
+
+On plain tensors each verb is the obvious local operation.  On DTensors it redistributes, so the collective (all-to-all,
+all-gather, reduce-scatter, all-reduce, or nothing) follows from the placements, eagerly and under
+``torch.compile(fullgraph=True)``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+
+from dion_dtensor.layout import compute_placements, shard_dim
+
+__all__ = ["agreed_maximum", "on_whole_matrices", "reduced", "whole_dim"]
+
+
+def on_whole_matrices(function: Callable[..., Tensor], stack: Tensor, *others: Tensor) -> Tensor:
+    """``function(stack, *others)`` with every matrix of the stack whole on some rank.
+
+    Args:
+        function: maps a stack of whole matrices ``[k, m, n]`` (and the matching slices of ``others``) to a stack
+            ``[k, m, n]``, each matrix by itself; it sees plain tensors and any ``k`` (also zero matrices).
+        stack: ``[N, m, n]``, a tensor or a DTensor of any placements; an axis may be ``Partial``.
+        others: further stacks ``[N, ...]`` on the same mesh.
+
+    Returns:
+        ``[N, m, n]`` in the dtype that ``function`` returns, placed as ``stack`` was (``Partial`` becomes
+        ``Replicate``).
+    """
+    if not isinstance(stack, DTensor):
+        return function(stack, *others)
+    mesh, count = stack.device_mesh, stack.shape[0]
+    storage = [Replicate() if isinstance(p, Partial) else p for p in stack.placements]
+    target, ranks = compute_placements(mesh, stack.placements, count)
+    padding = -count % ranks
+
+    def whole(tensor: Tensor) -> Tensor:
+        assert isinstance(tensor, DTensor)
+        return _padded(tensor, padding).redistribute(placements=target).to_local()
+
+    result = function(whole(stack), *(whole(other) for other in others)).contiguous()
+    assembled = _from_local(result, mesh, target, (count + padding, *stack.shape[1:]))
+    placed = assembled.redistribute(placements=storage)
+    if padding == 0:
+        return placed
+    return _from_local(placed.to_local()[:count], mesh, storage, tuple(stack.shape))
+
+
+def whole_dim(tensor: Tensor, dim: int) -> Tensor:
+    """``tensor`` with ``dim`` assembled on every rank (all-gather over the axes that shard it); the rest stays."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    dim %= tensor.ndim
+    placements = [Replicate() if shard_dim(p) == dim else p for p in tensor.placements]
+    return tensor.redistribute(placements=placements)
+
+
+def reduced(tensor: Tensor) -> Tensor:
+    """``tensor`` with every pending reduction done (all-reduce over its ``Partial`` axes)."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.redistribute(
+        placements=[Replicate() if isinstance(p, Partial) else p for p in tensor.placements]
+    )
+
+
+def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:
+    """The elementwise maximum of each rank's plain ``values`` over all ranks of ``mesh``, the same on every rank."""
+    return DTensor.from_local(values, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
+
+
+def _padded(stack: DTensor, padding: int) -> DTensor:
+    if padding == 0:
+        return stack
+    local = stack.to_local()
+    zeros = local.new_zeros((padding, *local.shape[1:]))
+    shape = (stack.shape[0] + padding, *stack.shape[1:])
+    return _from_local(torch.cat((local, zeros)), stack.device_mesh, stack.placements, shape)
+
+
+def _from_local(
+    local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: tuple[int, ...]
+) -> DTensor:
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(
+        local.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+    )

@@ -1,0 +1,103 @@
+"""Newton-Schulz iterations: ``X <- a X + b (X X^T) X + c (X X^T)^2 X`` drives all singular values towards one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["POLYNOMIALS", "Coefficients", "newton_schulz", "norm_factor_of", "resolve_polynomial"]
+
+Coefficients = tuple[tuple[float, float, float], ...]
+
+POLYNOMIALS: dict[str, Coefficients] = {
+    # KellerJordan/Muon: one triple, five times.
+    "keller": ((3.4445, -4.7750, 2.0315),) * 5,
+    # Jiacheng You's five triples, in KellerJordan/modded-nanogpt and NVIDIA Emerging-Optimizers.
+    "you": (
+        (4.0848, -6.8946, 2.9270),
+        (3.9505, -6.3029, 2.6377),
+        (3.7418, -5.5913, 2.3037),
+        (2.8769, -3.1427, 1.2046),
+        (2.8366, -3.0525, 1.2012),
+    ),
+    # Polar Express, arXiv 2505.16932, as in microsoft/dion: a safety of 1.02 is part of the first four triples.
+    "polar_express": (
+        (8.156554524902461, -22.48329292557795, 15.878769915207462),
+        (4.042929935166739, -2.808917465908714, 0.5000178451051316),
+        (3.8916678022926607, -2.772484153217685, 0.5060648178503393),
+        (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
+        (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
+    ),
+    # Polar Express as in Dao-AILab/gram-newton-schulz: all five triples with a safety of 1.05.
+    "polar_express_gns": (
+        (8.28721201814563, -23.595886519098837, 17.300387312530933),
+        (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+        (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+        (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+        (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+    ),
+    # CANS (Chebyshev-optimized Newton-Schulz) five-step set.
+    "cans": (
+        (8.4703, -25.1081, 18.6293),
+        (4.1828, -3.1087, 0.5806),
+        (3.9619, -2.9541, 0.5630),
+        (3.2866, -2.4647, 0.5074),
+        (2.2737, -1.6447, 0.4162),
+    ),
+}
+
+
+def resolve_polynomial(polynomial: str | Coefficients) -> Coefficients:
+    """The coefficient triples of a named polynomial, or of a literal sequence of triples.
+
+    Raises:
+        ValueError: an unknown name, or a literal that is not a non-empty sequence of triples of numbers.
+    """
+    if isinstance(polynomial, str):
+        if polynomial not in POLYNOMIALS:
+            raise ValueError(f"polynomial={polynomial!r} is unknown; choose from {sorted(POLYNOMIALS)}")
+        return POLYNOMIALS[polynomial]
+    triples = tuple(tuple(float(c) for c in triple) for triple in polynomial)
+    if not triples or any(len(triple) != 3 for triple in triples):
+        raise ValueError(f"polynomial must be a name or a sequence of triples (a, b, c), not {polynomial!r}")
+    return tuple((a, b, c) for a, b, c in triples)
+
+
+def norm_factor_of(polynomial: str | Coefficients) -> float:
+    """The factor on the Frobenius norm that goes with a polynomial: 1.02 for microsoft/dion's Polar Express."""
+    return 1.02 if polynomial == "polar_express" else 1.0
+
+
+def newton_schulz(
+    stack: Tensor,
+    coefficients: Coefficients,
+    epsilon: float | Tensor = 1e-8,
+    epsilon_rule: str = "add",
+    norm_factor: float = 1.0,
+) -> Tensor:
+    """Orthonormalize each matrix of a stack approximately, by a polynomial in ``X X^T``.
+
+    Args:
+        stack: ``[N, m, n]``; iterated in its own dtype, normalised in float32 or wider.
+        coefficients: triples ``(a, b, c)``, one an iteration.
+        epsilon: keeps a zero matrix at zero.
+        epsilon_rule: "add" divides by ``norm_factor * norm + epsilon``, "clamp" by
+            ``norm_factor * max(norm, epsilon)``.
+        norm_factor: see :func:`norm_factor_of`.
+
+    Returns:
+        ``[N, m, n]`` in the dtype of ``stack``.
+    """
+    wide = torch.promote_types(stack.dtype, torch.float32)
+    X = stack.to(wide)
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    scale = norm_factor * norm.clamp(min=epsilon) if epsilon_rule == "clamp" else norm_factor * norm + epsilon
+    X = (X / scale).to(stack.dtype)
+    tall = stack.shape[-2] > stack.shape[-1]
+    if tall:  # the short side first: the Gram matrix is the small one
+        X = X.mT.contiguous()
+    for a, b, c in coefficients:
+        gram = X @ X.mT
+        polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        X = torch.baddbmm(X, polynomial, X, beta=a)
+    return X.mT if tall else X

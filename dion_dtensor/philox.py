@@ -1,0 +1,65 @@
+"""Normal values keyed by (seed, name, row, column): the same on every mesh, whoever asks.
+
+Philox4x32-10 (Salmon et al., SC 2011) on the counter ``(column // 4, row, matrix, 0)`` with a key hashed from the seed
+and the name; the four words give four normals by Box-Muller.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = ["normal"]
+
+MASK = 0xFFFFFFFF
+MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+WEYL = (0x9E3779B9, 0xBB67AE85)
+
+
+def normal(rows: int, columns: int, *, seed: int, name: str, matrix: int = 0) -> Tensor:
+    """Standard normal values.
+
+    Args:
+        rows, columns: size of the matrix; a larger matrix has the smaller one as its upper left corner.
+        seed: any integer.
+        name: fully qualified name of the parameter.
+        matrix: index of the logical matrix within the parameter.
+
+    Returns:
+        float64 ``[rows, columns]`` on the CPU.
+    """
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
+    blocks = -(-columns // 4)
+    block = torch.arange(blocks).expand(rows, blocks)
+    row = torch.arange(rows).unsqueeze(1).expand(rows, blocks)
+    words = _philox((block, row, torch.full_like(block, matrix), torch.zeros_like(block)), key)
+    uniform = [(word.double() + 0.5) / 2**32 for word in words]
+    values = []
+    for radius, angle in ((uniform[0], uniform[1]), (uniform[2], uniform[3])):
+        length = (-2 * radius.log()).sqrt()
+        values += [length * (2 * math.pi * angle).cos(), length * (2 * math.pi * angle).sin()]
+    return torch.stack(values, dim=-1).reshape(rows, 4 * blocks)[:, :columns].contiguous()
+
+
+def _philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:
+    """Ten rounds on int64 tensors that hold 32-bit words."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(10):
+        high0, low0 = _multiply(c0, MULTIPLIERS[0])
+        high1, low1 = _multiply(c2, MULTIPLIERS[1])
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL[0]) & MASK, (k1 + WEYL[1]) & MASK
+    return c0, c1, c2, c3
+
+
+def _multiply(word: Tensor, constant: int) -> tuple[Tensor, Tensor]:
+    """High and low word of a 32x32-bit product; in halves, since int64 would overflow."""
+    low = word * (constant & 0xFFFF)
+    high = word * (constant >> 16)
+    total = low + ((high & 0xFFFF) << 16)
+    return ((high >> 16) + (total >> 32)) & MASK, total & MASK

@@ -1,0 +1,67 @@
+"""AdamW (Loshchilov and Hutter, arXiv 1711.05101), with the betas of microsoft/dion (dion/scalar_opts.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dion_dtensor.rules.rule import Rule, Scalar, StateSpec
+
+__all__ = ["ADAMW", "check_betas"]
+
+
+class Hyper(NamedTuple):
+    """What AdamW's update reads."""
+
+    betas: tuple[Scalar, Scalar]
+    epsilon: Scalar
+
+
+class State(NamedTuple):
+    """``exp_avg``, ``exp_avg_sq``: of the gradient's shape; ``step``: 0-d, this step included."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    step: Tensor
+
+
+def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
+    """One step of any number of elements."""
+    beta1, beta2 = hyper.betas
+    wide = torch.promote_types(state.exp_avg.dtype, torch.float32)
+    grad = grad.to(wide)
+    exp_avg = beta1 * state.exp_avg.to(wide) + (1 - beta1) * grad
+    exp_avg_sq = beta2 * state.exp_avg_sq.to(wide) + (1 - beta2) * grad * grad
+    denominator = exp_avg_sq.sqrt() / (1 - beta2**state.step) ** 0.5 + hyper.epsilon
+    direction = exp_avg / (1 - beta1**state.step) / denominator
+    dtype = state.exp_avg.dtype
+    return direction, State(exp_avg.to(dtype), exp_avg_sq.to(dtype), state.step)
+
+
+def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateSpec]:
+    """Two averages of the parameter's shape."""
+    return {"exp_avg": StateSpec(), "exp_avg_sq": StateSpec()}
+
+
+def check_betas(group: Mapping[str, Any]) -> None:
+    """Refuse betas outside [0, 1)."""
+    betas = group["betas"]
+    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
+        raise ValueError(f"betas={betas} must be two numbers in [0, 1)")
+
+
+ADAMW = Rule(
+    name="adamw",
+    update=update,
+    hyper=Hyper,
+    state=State,
+    defaults={"betas": (0.9, 0.95), "epsilon": 1e-8, "scale": None},
+    scalars=("betas", "epsilon"),
+    states=states,
+    elementwise=True,
+    counts_steps=True,
+    check=check_betas,
+)

@@ -1,0 +1,63 @@
+"""What the engine needs to know of an algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["Rule", "Scalar", "StateSpec"]
+
+Scalar = float | Tensor
+"""A hyperparameter that may change at every step: the engine hands it to the rule as a 0-d tensor."""
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """One state tensor of a logical matrix ``[row, column]``.
+
+    Attributes:
+        dims: the name of each dim, "row", "column", "rank", or None for a dim of size one; None for a state of the
+            parameter's own shape.
+        sizes: the size of each dim; None for the parameter's own.
+        normal: start from standard normal values that depend on (seed, name, row, column) only, instead of zero.
+    """
+
+    dims: tuple[str | None, ...] | None = None
+    sizes: tuple[int, ...] | None = None
+    normal: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """An algorithm as the engine sees it.
+
+    Attributes:
+        name: the value of ``algorithm`` in a param group.
+        update: ``(grad, state, hyper) -> (direction, new state)``.  The engine decays the weight by
+            ``1 - lr * weight_decay`` and subtracts ``lr * scale * direction``.  Inputs are not modified.
+        hyper: NamedTuple of what ``update`` reads.  Fields of ``scalars`` arrive as 0-d tensors.
+        state: NamedTuple of the state tensors; a field ``step`` is the 0-d count of steps, this one included.
+        defaults: every hyperparameter of a param group and its default.
+        scalars: names of the hyperparameters that may change at every step without a new compilation.
+        states: ``(shape, group) -> {field: StateSpec}``, without ``step``.
+        elementwise: works on each element by itself, so that parameters of any shape and layout share a bucket.
+        check: raises ValueError for a param group with bad hyperparameters.
+        prepare: ``(shape, group) -> {field: value}``, the fields of ``hyper`` that are not hyperparameters themselves.
+    """
+
+    name: str
+    update: Callable[[Tensor, Any, Any], tuple[Tensor, Any]]
+    hyper: Callable[..., Any]
+    state: Callable[..., Any]
+    defaults: Mapping[str, Any]
+    scalars: tuple[str, ...]
+    states: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, StateSpec]]
+    elementwise: bool = False
+    counts_steps: bool = False
+    check: Callable[[Mapping[str, Any]], None] = field(default=lambda group: None)
+    prepare: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, Any]] = field(
+        default=lambda shape, group: {}
+    )

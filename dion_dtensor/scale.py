@@ -1,0 +1,29 @@
+"""The factor on the learning rate, by the full shape of the logical matrix (never that of a shard)."""
+
+from __future__ import annotations
+
+import math
+
+__all__ = ["SCALES", "scale_factor"]
+
+SCALES = {
+    "spectral_norm": lambda m, n: math.sqrt(m / n),  # microsoft/dion
+    "keller": lambda m, n: math.sqrt(max(1.0, m / n)),  # KellerJordan/Muon, torch.optim.Muon "original"
+    "moonlight": lambda m, n: 0.2 * math.sqrt(max(m, n)),  # arXiv 2502.16982; microsoft/dion "rms_norm"
+    "rms_norm": lambda m, n: 0.2 * math.sqrt(max(m, n)),
+    "nvidia": lambda m, n: math.sqrt(max(m, n)),  # NVIDIA Emerging-Optimizers "spectral"
+}
+
+
+def scale_factor(scale: str | None, shape: tuple[int, ...]) -> float:
+    """The factor of a matrix ``[fan_out, fan_in]``; 1 for ``None``.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+    if scale is None:
+        return 1.0
+    if scale not in SCALES:
+        raise ValueError(f"scale={scale!r} is unknown; choose from {sorted(SCALES)} or None")
+    m, n = shape
+    return SCALES[scale](m, n)
