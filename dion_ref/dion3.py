@@ -98,9 +98,9 @@ def step(
         M = M + G
         K = top_slices(M, hyper.count(M.shape[0]), dim=0)
         selected = M[K]
-        O = orthonormalize(selected, hyper, precision)
-        O, v_selected = normalize_rows(O, v[K], hyper.beta2, hyper.variance_epsilon)
-        U = torch.zeros_like(M).index_copy(0, K, O)
+        rows = orthonormalize(selected, hyper, precision)
+        rows, v_selected = normalize_rows(rows, v[K], hyper.beta2, hyper.variance_epsilon)
+        U = torch.zeros_like(M).index_copy(0, K, rows)
         M = M.index_copy(0, K, hyper.mu * selected)
         return apply_update(W, U, hyper), M, v.index_copy(0, K, v_selected)
 

@@ -52,24 +52,24 @@ class State:
     step: int
 
 
-def normalize_rows(O: Tensor, v: Tensor, beta2: float, epsilon: float) -> tuple[Tensor, Tensor]:
+def normalize_rows(U: Tensor, v: Tensor, beta2: float, epsilon: float) -> tuple[Tensor, Tensor]:
     """Normalize rows by their running variance, then restore the Frobenius norm.
 
-    ``v_i <- beta2 v_i + (1 - beta2) mean_j O_ij^2``; ``O' = O / (sqrt(v) + epsilon)``;
-    ``O' * ||O||_F / max(||O'||_F, epsilon)``.
+    ``v_i <- beta2 v_i + (1 - beta2) mean_j U_ij^2``; ``U' = U / (sqrt(v) + epsilon)``;
+    ``U' * ||U||_F / max(||U'||_F, epsilon)``.
 
     Args:
-        O: ``[m, n]``, orthonormalized; all of it, since the norms are those of the whole matrix.
+        U: ``[m, n]``, orthonormalized; all of it, since the norms are those of the whole matrix.
         v: ``[m, 1]``.
         beta2: decay of v.
         epsilon: outside the root, and the floor of the denominator.
 
     Returns:
-        The normalized O and the new v.
+        The normalized U and the new v.
     """
-    v = beta2 * v + (1 - beta2) * O.square().mean(dim=1, keepdim=True)
-    normalized = O / (v.sqrt() + epsilon)
-    return normalized * (norm(O) / norm(normalized).clamp(min=epsilon)), v
+    v = beta2 * v + (1 - beta2) * U.square().mean(dim=1, keepdim=True)
+    normalized = U / (v.sqrt() + epsilon)
+    return normalized * (norm(U) / norm(normalized).clamp(min=epsilon)), v
 
 
 @torch.no_grad()
