@@ -1,0 +1,1 @@
+"""Text shipped with the package; README.md names source and licence."""

@@ -1,0 +1,357 @@
+"""Runs one function on several ranks, and never leaves a rank behind.
+
+Started by hand, it starts the ranks as local processes, watches them, and ends all of them when one dies or
+raises. Started under `torchrun` or Slurm, it joins the ranks that are already there.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
+
+GRACE_SECONDS = 1.0  # after the first failure, for the failure that caused it to show
+END_SECONDS = 3.0  # between SIGTERM and SIGKILL
+
+
+class RankFailed(RuntimeError):
+    """A rank raised or died. `rank` is the first that did, `reason` its exception or exit signal."""
+
+    def __init__(self, rank: int, reason: str, details: str = "") -> None:
+        super().__init__(f"rank {rank} {reason}")
+        self.rank = rank
+        self.reason = reason
+        self.details = details
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What a function knows of the place where it runs.
+
+    Attributes:
+        index: this rank, from 0.
+        count: number of ranks.
+        device: device of this rank's tensors.
+        emit: sends a picklable event to the process that started the ranks (dropped on joined ranks but 0).
+    """
+
+    index: int
+    count: int
+    device: torch.device
+    emit: Callable[[object], None]
+
+
+@dataclass
+class _Watched:
+    """A started rank, seen from the process that started it."""
+
+    process: BaseProcess
+    channel: Connection
+    lifeline: Connection
+    result: object = None
+    finished: bool = False
+    error: tuple[str, str] | None = None  # one line, whole traceback
+    ended: float | None = field(default=None)
+
+
+def joined() -> bool:
+    """True when another launcher (torchrun, Slurm) has already started the ranks."""
+    return _joined_environment() is not None
+
+
+def is_main() -> bool:
+    """True in the one process that prints and writes: the starting one, or rank 0 of joined ranks."""
+    environment = _joined_environment()
+    return environment is None or environment["RANK"] == "0"
+
+
+def run(
+    function: Callable[[Rank, Argument], Result],
+    argument: Argument,
+    *,
+    ranks: int,
+    device: str = "cpu",
+    on_event: Callable[[int, object], None] | None = None,
+    process_group: bool = True,
+    timeout: float = 120.0,
+    preload: Sequence[str] = (),
+) -> list[Result]:
+    """Calls `function(rank, argument)` on every rank and returns the results in the order of the ranks.
+
+    Args:
+        function: importable by name; its result must be picklable.
+        argument: picklable; the same for every rank.
+        ranks: number of local processes. Ignored under another launcher, whose ranks are taken.
+        device: "cpu" (gloo) or "cuda" (NCCL, one GPU a local rank).
+        on_event: called with (rank, event) for every `Rank.emit`.
+        process_group: set up the default process group. Without it, ranks are always local processes.
+        timeout: seconds that a collective may take.
+        preload: modules imported once, before the ranks are forked from that process.
+
+    Raises:
+        RankFailed: a rank raised or died; every other rank has been ended.
+    """
+    environment = _joined_environment()
+    if process_group and environment is not None:
+        return _run_joined(function, argument, environment, device, on_event, timeout)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["conformance.launch", *preload])
+    store = _local_store() if process_group else None
+    port = store.port if store is not None else 0
+    watched: list[_Watched] = []
+    try:
+        for index in range(ranks):
+            ours, theirs = context.Pipe()
+            lifeline_end, lifeline = context.Pipe(duplex=False)
+            call = (index, ranks, port, device, timeout, function, argument, theirs, lifeline_end)
+            process = context.Process(target=_local_rank, args=call, name=f"rank {index}", daemon=True)
+            process.start()
+            theirs.close()
+            lifeline_end.close()
+            watched.append(_Watched(process, ours, lifeline))
+        _watch(watched, on_event)
+    finally:
+        _end(watched)
+    return [one.result for one in watched]  # type: ignore[misc]
+
+
+def _local_store() -> dist.TCPStore:
+    """A store on a port that the system chooses; this process holds it, so no other can take it."""
+    return dist.TCPStore(
+        "127.0.0.1", 0, world_size=None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
+    )
+
+
+def _watch(watched: list[_Watched], on_event: Callable[[int, object], None] | None) -> None:
+    """Returns when every rank has delivered its result; raises RankFailed soon after one failed."""
+    deadline: float | None = None
+    while not all(one.finished for one in watched):
+        sources: list[Any] = [one.channel for one in watched if not one.channel.closed]
+        sources += [one.process.sentinel for one in watched if one.ended is None]
+        ready = wait(sources, timeout=0.2 if deadline is not None else None)
+        for index, one in enumerate(watched):
+            if one.channel in ready or one.process.sentinel in ready:
+                _drain(index, one, on_event)
+            if one.process.sentinel in ready and one.ended is None:
+                one.ended = time.monotonic()
+        failed = any(one.error or (one.ended is not None and not one.finished) for one in watched)
+        if failed and deadline is None:
+            deadline = time.monotonic() + GRACE_SECONDS
+        if deadline is not None and time.monotonic() >= deadline:
+            raise _failure(watched)
+
+
+def _drain(index: int, one: _Watched, on_event: Callable[[int, object], None] | None) -> None:
+    """Takes in all that a rank has sent."""
+    try:
+        while not one.channel.closed and one.channel.poll():
+            kind, content = pickle.loads(one.channel.recv_bytes())
+            if kind == "event" and on_event is not None:
+                on_event(index, content)
+            elif kind == "result":
+                one.result, one.finished = content, True
+            elif kind == "error":
+                one.error = content
+    except (EOFError, OSError):
+        one.channel.close()
+
+
+def _failure(watched: list[_Watched]) -> RankFailed:
+    """The failure that most likely caused the others: a signal, then an exception, then a lost peer."""
+
+    def suspicion(item: tuple[int, _Watched]) -> tuple[int, float]:
+        index, one = item
+        if one.error is None and one.ended is not None and not one.finished:
+            return 0, one.ended
+        if one.error is not None:
+            return (2 if _lost_peer(one.error[0]) else 1), index
+        return 3, index
+
+    index, one = min(enumerate(watched), key=suspicion)
+    if one.error is not None:
+        line, details = one.error
+        same = [other for other, peer in enumerate(watched) if peer.error and peer.error[0] == line]
+        also = f" (the same on ranks {', '.join(map(str, same[1:]))})" if len(same) > 1 else ""
+        return RankFailed(index, f"raised {line}{also}", details)
+    one.process.join(1.0)
+    return RankFailed(index, describe_exit(one.process.exitcode))
+
+
+def describe_exit(code: int | None) -> str:
+    """In words: how a process ended, from its exit code (negative: minus the signal)."""
+    if code is None:
+        return "closed its channel without a result"
+    if code < 0:
+        try:
+            return f"was killed by {signal.Signals(-code).name}"
+        except ValueError:
+            return f"was killed by signal {-code}"
+    return f"ended with exit code {code} and no result"
+
+
+def _lost_peer(line: str) -> bool:
+    """True for the errors that a rank raises because another one is gone."""
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
+    return line.startswith(("DistBackendError", "DistNetworkError")) or any(sign in line for sign in signs)
+
+
+def _end(watched: list[_Watched]) -> None:
+    """Ends every rank that is still there: SIGTERM, and SIGKILL for those that do not listen."""
+    finished = all(one.finished for one in watched)
+    for one in watched:
+        if finished:
+            one.process.join(END_SECONDS)  # all results are in: let them leave by themselves
+        if one.process.is_alive():
+            one.process.terminate()
+    limit = time.monotonic() + END_SECONDS
+    for one in watched:
+        one.process.join(max(0.0, limit - time.monotonic()))
+        if one.process.is_alive():
+            one.process.kill()
+            one.process.join()
+        one.channel.close()
+        one.lifeline.close()
+
+
+def _local_rank(
+    index: int,
+    count: int,
+    port: int,
+    device: str,
+    timeout: float,
+    function: Callable[[Rank, Any], object],
+    argument: object,
+    channel: Connection,
+    lifeline: Connection,
+) -> None:
+    """Body of a started process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the starting process, which ends the ranks
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_leave_with_parent, args=(lifeline,), daemon=True).start()
+    lock = threading.Lock()
+
+    def send(kind: str, content: object) -> None:
+        with lock:
+            channel.send_bytes(pickle.dumps((kind, content)))
+
+    try:
+        torch.set_num_threads(1)
+        place = _device(device, index)
+        if port:
+            if sys.platform.startswith("linux"):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
+            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+            dist.init_process_group(
+                "nccl" if place.type == "cuda" else "gloo",
+                store=store,
+                rank=index,
+                world_size=count,
+                timeout=timedelta(seconds=timeout),
+            )
+        result = function(Rank(index, count, place, lambda event: send("event", event)), argument)
+        if port:
+            dist.barrier()
+        send("result", result)
+        if port:
+            dist.destroy_process_group()
+    except BaseException as error:
+        send("error", (one_line(error), traceback.format_exc()))
+        sys.stderr.flush()
+        os._exit(1)  # an orderly exit could wait for ranks that are gone
+
+
+def one_line(error: BaseException) -> str:
+    """`Type: message`, first line of the message only."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _leave_with_parent(lifeline: Connection) -> None:
+    """Ends this process when the one that started it is gone, however that came about."""
+    try:
+        lifeline.recv_bytes()
+    except (EOFError, OSError):
+        os._exit(1)
+
+
+def _device(kind: str, local_rank: int) -> torch.device:
+    """The device of a rank; raises ValueError when there is no such device."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    if kind != "cuda":
+        raise ValueError(f"device must be cpu or cuda, not {kind!r}")
+    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
+        raise ValueError(f"no GPU for local rank {local_rank}: {torch.cuda.device_count()} visible")
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _joined_environment() -> Mapping[str, str] | None:
+    """RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR of ranks started by torchrun or Slurm, else None."""
+    found = os.environ
+    if "RANK" in found and "WORLD_SIZE" in found:
+        return {name: found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in found}
+    if "SLURM_PROCID" in found and int(found.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
+        return {
+            "RANK": found["SLURM_PROCID"],
+            "WORLD_SIZE": found["SLURM_STEP_NUM_TASKS"],
+            "LOCAL_RANK": found.get("SLURM_LOCALID", "0"),
+            "MASTER_ADDR": found.get("MASTER_ADDR") or _first_slurm_host(),
+            "MASTER_PORT": found.get("MASTER_PORT", "29500"),
+        }
+    return None
+
+
+def _first_slurm_host() -> str:
+    """Name of the first host of the Slurm step."""
+    hosts = os.environ.get("SLURM_STEP_NODELIST", "localhost")
+    listed = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+    return listed.stdout.split()[0]
+
+
+def _run_joined(
+    function: Callable[[Rank, Argument], Result],
+    argument: Argument,
+    environment: Mapping[str, str],
+    device: str,
+    on_event: Callable[[int, object], None] | None,
+    timeout: float,
+) -> list[Result]:
+    """Runs as one of the ranks that another launcher started; that launcher ends the others on failure."""
+    os.environ.update(environment)
+    index, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
+    place = _device(device, int(environment.get("LOCAL_RANK", index)))
+    backend = "nccl" if place.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+
+    def emit(event: object) -> None:
+        if index == 0 and on_event is not None:
+            on_event(0, event)
+
+    try:
+        result = function(Rank(index, count, place, emit), argument)
+        results: list[Any] = [None] * count
+        dist.all_gather_object(results, result)
+    except Exception as error:
+        raise RankFailed(index, f"raised {one_line(error)}", traceback.format_exc()) from error
+    dist.destroy_process_group()
+    return results
