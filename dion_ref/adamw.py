@@ -91,8 +91,6 @@ def step(
     assert isinstance(state, State)
     shape = tuple(param.shape)
     validation.state_tensors(state, precision, exp_avg=shape, exp_avg_sq=shape)
-    if bool((state.exp_avg_sq < 0).any()):
-        raise ValueError("state.exp_avg_sq must be >= 0, got a negative value")
     beta1, beta2 = hyper.betas
     t = state.step + 1
     m = beta1 * state.exp_avg + (1 - beta1) * grad

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from dion_ref.precision import Precision
 
+SECOND_MOMENTS = ("variance", "exp_avg_sq")
+
 
 def tensor(name: str, value: Any, precision: Precision, shape: tuple[int, ...] | None = None) -> None:
     """Check one tensor.
@@ -97,10 +99,13 @@ def state_tensors(state: Any, precision: Precision, **shapes: tuple[int, ...]) -
 
     Raises:
         TypeError: a dtype, or a step that is no int.
-        ValueError: a shape, NaN or infinity, or a negative step.
+        ValueError: a shape, NaN or infinity, a negative second moment or step.
     """
     for name, shape in shapes.items():
-        tensor(f"state.{name}", getattr(state, name), precision, shape)
+        value = getattr(state, name)
+        tensor(f"state.{name}", value, precision, shape)
+        if name in SECOND_MOMENTS and bool((value < 0).any()):
+            raise ValueError(f"state.{name} must be >= 0, got {float(value.min())}")
     if any(field.name == "step" for field in fields(state)):
         if not isinstance(state.step, int) or isinstance(state.step, bool):
             raise TypeError(f"state.step must be an int, got {state.step!r}")
