@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
-from dion_dtensor.layout import compute_placements, shard_dim
+from dion_dtensor.layout import StorageLayout, compute_placements, shard_dim
 
-__all__ = ["agreed_maximum", "on_whole_matrices", "reduced", "whole_dim"]
+__all__ = ["agreed_maximum", "on_whole_matrices", "own_shard", "reduced", "scattered", "whole_dim"]
 
 
 def on_whole_matrices(function: Callable[..., Tensor], stack: Tensor, *others: Tensor) -> Tensor:
@@ -41,7 +41,8 @@ def on_whole_matrices(function: Callable[..., Tensor], stack: Tensor, *others: T
 
     def whole(tensor: Tensor) -> Tensor:
         assert isinstance(tensor, DTensor)
-        return _padded(tensor, padding).redistribute(placements=target).to_local()
+        # Contiguous, so that sums run in the same order whatever the collective left behind.
+        return _padded(tensor, padding).redistribute(placements=target).to_local().contiguous()
 
     result = function(whole(stack), *(whole(other) for other in others)).contiguous()
     assembled = _from_local(result, mesh, target, (count + padding, *stack.shape[1:]))
@@ -67,6 +68,28 @@ def reduced(tensor: Tensor) -> Tensor:
     return tensor.redistribute(
         placements=[Replicate() if isinstance(p, Partial) else p for p in tensor.placements]
     )
+
+
+def own_shard(tensor: Tensor, layout: StorageLayout) -> Tensor:
+    """This rank's shard of ``tensor`` in ``layout``; communicates only if ``tensor`` does not lie so yet.
+
+    Raises:
+        TypeError: a plain tensor where ``layout`` is that of a DTensor.
+    """
+    if layout.mesh is None:
+        return tensor
+    if not isinstance(tensor, DTensor):
+        raise TypeError(f"a plain tensor was given where a DTensor as {layout.describe()} is needed")
+    if tuple(tensor.placements) != layout.placements:
+        tensor = tensor.redistribute(placements=layout.placements)
+    return tensor.to_local()
+
+
+def scattered(values: Tensor, layout: StorageLayout) -> Tensor:
+    """This rank's shard in ``layout`` of ``values``, which every rank holds whole (no communication)."""
+    if layout.mesh is None:
+        return values
+    return own_shard(DTensor.from_local(values, layout.mesh, run_check=False), layout)
 
 
 def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:

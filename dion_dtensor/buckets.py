@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dion_dtensor.assembly import own_shard, scattered
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.philox import normal
 from dion_dtensor.rules import Rule, StateSpec
@@ -185,10 +186,7 @@ class Bucket:
         for member in self.members:
             values = normal(rows, columns, seed=seed, name=member.name).to(self.device, self.state_dtype)
             layout = member.layout.derived(spec.dims, spec.sizes, self.state_dtype)
-            if layout.mesh is not None:
-                everywhere = DTensor.from_local(values, layout.mesh, run_check=False)
-                values = everywhere.redistribute(placements=layout.placements).to_local()
-            slices.append(values)
+            slices.append(scattered(values, layout))
         return torch.stack(slices)
 
     def _join(self, tensors: Sequence[Tensor]) -> Tensor:
@@ -261,7 +259,7 @@ def _compiled_update(plan: Plan) -> Callable[..., Tensor]:
         return local if layout is None else layout.wrap(local)
 
     def unwrap(tensor: Tensor, layout: StorageLayout | None) -> Tensor:
-        return tensor if layout is None else layout.unwrap(tensor)
+        return tensor if layout is None else own_shard(tensor, layout)
 
     def update(grads: Tensor, stacks: dict[str, Tensor], scalars: dict[str, Any]) -> Tensor:
         hyper = rule.hyper(**fixed, **{name: scalars[name] for name in rule.scalars})
@@ -272,7 +270,12 @@ def _compiled_update(plan: Plan) -> Callable[..., Tensor]:
         direction, new = rule.update(grad, rule.state(**old), hyper)
         for name, layout in layouts.items():
             stacks[name].copy_(unwrap(getattr(new, name), layout))
-        return unwrap(direction, plan.grad_layout) * (scalars["lr"] * plan.scale)
+        shard = unwrap(direction, plan.grad_layout)
+        # Scaled in float32 or wider, also when the direction was computed in bfloat16.
+        change: Tensor = shard.to(torch.promote_types(shard.dtype, torch.float32)) * (
+            scalars["lr"] * plan.scale
+        )
+        return change
 
     if not plan.compile:
         return update

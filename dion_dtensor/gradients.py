@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from dion_dtensor.assembly import agreed_maximum
+from dion_dtensor.assembly import agreed_maximum, own_shard
 from dion_dtensor.buckets import Bucket, Member, local_of
 from dion_dtensor.layout import StorageLayout, has_partial
 
@@ -49,9 +49,7 @@ def checked_gradients(
 def _local_gradient(member: Member) -> Tensor:
     grad = member.parameter.grad
     assert grad is not None
-    if isinstance(grad, DTensor) and tuple(grad.placements) != member.layout.placements:
-        grad = grad.redistribute(placements=member.layout.placements)
-    return local_of(grad)
+    return own_shard(grad, member.layout)
 
 
 def _problems(members: Sequence[Member], mesh: DeviceMesh | None) -> list[str]:

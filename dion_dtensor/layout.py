@@ -109,16 +109,6 @@ class StorageLayout:
             local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride
         )
 
-    def unwrap(self, tensor: Tensor) -> Tensor:
-        """The local shard of ``tensor`` once it lies as this layout says (communicates if it does not yet)."""
-        if self.mesh is None:
-            return tensor
-        if not isinstance(tensor, DTensor):
-            raise TypeError(f"a plain tensor was given where a DTensor as {self.describe()} is needed")
-        if tuple(tensor.placements) != self.placements:
-            tensor = tensor.redistribute(placements=self.placements)
-        return tensor.to_local()
-
 
 def compute_placements(
     mesh: DeviceMesh, placements: Sequence[Placement], count: int

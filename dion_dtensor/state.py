@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from dion_dtensor.assembly import own_shard, scattered
 from dion_dtensor.buckets import Member
+from dion_dtensor.layout import StorageLayout
 
 __all__ = ["load_states"]
 
@@ -49,9 +51,9 @@ def load_states(members: Sequence[Member], loaded: Sequence[Mapping[str, Any] | 
 
 @torch.no_grad()
 def _copy(own: Tensor, value: Tensor) -> None:
-    if not isinstance(own, DTensor):
+    if isinstance(own, DTensor) and not isinstance(value, DTensor):
+        own.to_local().copy_(scattered(value.to(own.device), StorageLayout.of(own)))
+    elif isinstance(own, DTensor):
+        own.to_local().copy_(own_shard(value, StorageLayout.of(own)))
+    else:
         own.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
-        return
-    if not isinstance(value, DTensor):
-        value = DTensor.from_local(value.to(own.device), own.device_mesh, run_check=False)
-    own.to_local().copy_(value.redistribute(placements=own.placements).to_local())

@@ -29,8 +29,8 @@ def orthonormal_basis(stack: Tensor, sizes: Tensor) -> Tensor:
         ``[N, m, r]``, contiguous.  The sign of a column is that of LAPACK's QR.
     """
     threshold = DEAD_COLUMN_ROUNDINGS * torch.finfo(stack.dtype).eps * sizes.squeeze(-2)
-    basis, triangular = torch.linalg.qr(stack)
-    basis = basis.contiguous()
+    columns, triangular = torch.linalg.qr(stack)
+    basis: Tensor = columns.contiguous()
     dead = triangular.diagonal(dim1=-2, dim2=-1).abs() <= threshold
     if dead.numel():
         # An opaque operator, since which matrices need the second look depends on the data.

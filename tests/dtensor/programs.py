@@ -1,0 +1,82 @@
+"""What ranks run: the same steps on a layout, and on one device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dion_dtensor import Dion, Muon
+from tests.dtensor.layouts import Layout, build_mesh, lay_out
+
+OPTIMIZERS: dict[str, Callable[..., Any]] = {"muon": Muon, "dion": Dion}
+
+# Uneven on every axis, two orientations, more and fewer matrices than ranks, dims smaller than an axis.
+SHAPES = (
+    (13, 10),
+    (13, 10),
+    (13, 10),
+    (10, 13),
+    (5, 12),
+    (5, 12),
+    (9, 9),
+    (1, 7),
+    (7, 1),
+    (3, 3),
+    (16, 8),
+    (16, 8),
+)
+
+
+def problem(
+    shapes: Sequence[tuple[int, int]], steps: int, dtype: torch.dtype
+) -> tuple[list[Tensor], list[list[Tensor]]]:
+    """Weights, and gradients by step; the same on every rank."""
+    generator = torch.Generator().manual_seed(7)
+
+    def draw() -> list[Tensor]:
+        return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes]
+
+    return draw(), [draw() for _ in range(steps)]
+
+
+def run_steps(
+    name: str,
+    layout: Layout | None,
+    shapes: Sequence[tuple[int, int]] = SHAPES,
+    steps: int = 2,
+    dtype: torch.dtype = torch.float64,
+    **options: Any,
+) -> dict[str, list[Tensor]]:
+    """Full weights and state after ``steps``; on one device if ``layout`` is None."""
+    weights, gradients = problem(shapes, steps, dtype)
+    mesh = None if layout is None else build_mesh(layout)
+
+    def laid(tensor: Tensor) -> Tensor:
+        return tensor.clone() if mesh is None or layout is None else lay_out(tensor, layout, mesh)
+
+    parameters = [torch.nn.Parameter(laid(weight)) for weight in weights]
+    named = [(f"w{index}", parameter) for index, parameter in enumerate(parameters)]
+    optimizer = OPTIMIZERS[name](named, lr=0.05, weight_decay=0.1, **options)
+    for step in gradients:
+        for parameter, gradient in zip(parameters, step, strict=True):
+            parameter.grad = laid(gradient)
+        optimizer.step()
+        for group in optimizer.param_groups:
+            group["lr"] *= 0.9
+
+    def full(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        return tensor.clone() if mesh is None else tensor.full_tensor()  # type: ignore[attr-defined]
+
+    result = {"weight": [full(parameter) for parameter in parameters]}
+    for key in optimizer.state[parameters[0]]:
+        result[key] = [full(optimizer.state[parameter][key]) for parameter in parameters]
+    return result
+
+
+def run_steps_with(name: str, layout: Layout | None, options: dict[str, Any]) -> dict[str, list[Tensor]]:
+    """``run_steps`` with its options in a dict, as it travels through a pipe."""
+    return run_steps(name, layout, **options)

@@ -1,0 +1,85 @@
+"""Real processes with gloo, started once and used by many cases."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import torch
+import torch.multiprocessing as multiprocessing
+
+TIMEOUT_SECONDS = 240.0
+
+
+def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+    """One rank: run what arrives on the pipe until None does."""
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    import logging
+
+    logging.disable(logging.WARNING)
+    torch.distributed.init_process_group(
+        "gloo",
+        init_method=f"file://{store}",
+        rank=rank,
+        world_size=world,
+        timeout=datetime.timedelta(seconds=60),
+    )
+    while (work := pipe.recv()) is not None:
+        function, arguments = work
+        try:
+            pipe.send((True, function(*arguments)))
+        except BaseException as error:
+            pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
+    torch.distributed.destroy_process_group()
+
+
+class Ranks:
+    """``world`` processes in one gloo group; ``run`` calls a module-level function on all of them."""
+
+    def __init__(self, world: int) -> None:
+        self.world = world
+        context = multiprocessing.get_context("spawn")
+        folder = tempfile.mkdtemp()
+        self.pipes, self.processes = [], []
+        for rank in range(world):
+            ours, theirs = context.Pipe()
+            process = context.Process(
+                target=_serve, args=(rank, world, os.path.join(folder, "store"), theirs), daemon=True
+            )
+            process.start()
+            self.pipes.append(ours)
+            self.processes.append(process)
+
+    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The results by rank; raises RuntimeError naming the ranks that raised or died."""
+        for pipe in self.pipes:
+            pipe.send((function, arguments))
+        results, problems = [], []
+        for rank, pipe in enumerate(self.pipes):
+            if not pipe.poll(TIMEOUT_SECONDS):
+                problems.append(f"rank {rank}: no answer within {TIMEOUT_SECONDS} s")
+                continue
+            try:
+                good, value = pipe.recv()
+            except EOFError:
+                good, value = False, "died"
+            (results if good else problems).append(value if good else f"rank {rank}: {value}")
+        if problems:
+            raise RuntimeError("\n".join(problems))
+        return results
+
+    def close(self) -> None:
+        for pipe in self.pipes:
+            pipe.send(None)
+        for process in self.processes:
+            process.join(20)
+            if process.is_alive():
+                process.kill()

@@ -1,0 +1,75 @@
+"""The same update on every mesh."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.dtensor.layouts import LAYOUTS, Layout, layout
+from tests.dtensor.programs import run_steps, run_steps_with
+from tests.dtensor.ranks import Ranks
+
+pytestmark = pytest.mark.xdist_group("ranks")
+COMPILED_SHAPES = ((13, 10), (13, 10), (13, 10), (5, 12))
+COMPILED = [layout(text) for text in ("2x2 T0 S0", "2x2 S0 S1", "2x2 R S0", "4 S0")]
+
+
+@cache
+def on_one_device(name: str, small: bool) -> dict[str, list[Tensor]]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    options: dict[str, Any] = {"shapes": COMPILED_SHAPES} if small else {}
+    result = run_steps(name, None, compile=False, **options)
+    torch.set_num_threads(threads)
+    return result
+
+
+def error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def up_to_sign(ours: Tensor, theirs: Tensor) -> Tensor:
+    """Columns of Q with the signs of ``theirs``: a QR may choose them freely."""
+    return ours * (ours * theirs).sum(0, keepdim=True).sign()
+
+
+@pytest.mark.parametrize("where", sorted(LAYOUTS, key=lambda one: one.world), ids=str)
+def test_muon_is_bitwise_that_of_one_device(ranks: Callable[[int], Ranks], where: Layout) -> None:
+    expected = on_one_device("muon", False)
+    for result in ranks(where.world).run(run_steps_with, "muon", where, {"compile": False}):
+        for key, values in expected.items():
+            for index, value in enumerate(values):
+                assert torch.equal(result[key][index], value), (key, index)
+
+
+@pytest.mark.parametrize("where", sorted(LAYOUTS, key=lambda one: one.world), ids=str)
+def test_dion_is_that_of_one_device(ranks: Callable[[int], Ranks], where: Layout) -> None:
+    expected = on_one_device("dion", False)
+    for result in ranks(where.world).run(run_steps_with, "dion", where, {"compile": False}):
+        for index, weight in enumerate(expected["weight"]):
+            assert error(result["weight"][index], weight) < 1e-11
+            assert error(result["momentum"][index], expected["momentum"][index]) < 1e-11
+            Q = expected["Q"][index]
+            assert error(up_to_sign(result["Q"][index], Q), Q) < 1e-11
+
+
+@pytest.mark.parametrize("name", ["muon", "dion"])
+@pytest.mark.parametrize("where", COMPILED, ids=str)
+def test_compiled_agrees(ranks: Callable[[int], Ranks], where: Layout, name: str) -> None:
+    expected = on_one_device(name, True)
+    options = {"compile": True, "shapes": COMPILED_SHAPES}
+    for result in ranks(where.world).run(run_steps_with, name, where, options):
+        for index, weight in enumerate(expected["weight"]):
+            assert error(result["weight"][index], weight) < (1e-14 if name == "muon" else 1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "dion"])
+@pytest.mark.parametrize("where", [one for one in LAYOUTS if one not in COMPILED], ids=str)
+def test_compiled_agrees_everywhere(ranks: Callable[[int], Ranks], where: Layout, name: str) -> None:
+    test_compiled_agrees(ranks, where, name)

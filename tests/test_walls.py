@@ -1,0 +1,66 @@
+"""What import-linter cannot see: only two files may use collectives, and importing needs torch alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PRODUCTION = Path(__file__).parent.parent / "dion_dtensor"
+VOCABULARY = {
+    "torch.distributed.device_mesh",
+    "torch.distributed.tensor",
+    "torch.distributed.tensor.placement_types",
+}
+
+
+def imported_modules(path: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+    return found
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PRODUCTION.rglob("*.py")), ids=lambda path: str(path.relative_to(PRODUCTION))
+)
+def test_only_layouts_are_imported_from_torch_distributed(path: Path) -> None:
+    distributed = {name for name in imported_modules(path) if name.startswith("torch.distributed")}
+    if path.parent.name in ("rules", "orthonormalize"):
+        assert not distributed
+    assert distributed <= VOCABULARY
+
+
+@pytest.mark.parametrize(
+    "path", sorted(PRODUCTION.rglob("*.py")), ids=lambda path: str(path.relative_to(PRODUCTION))
+)
+def test_only_assembly_and_state_redistribute(path: Path) -> None:
+    calls = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
+    if path.name not in ("assembly.py", "state.py"):
+        assert not calls & {"redistribute", "full_tensor"}
+
+
+@pytest.mark.parametrize("package", ["dion_ref", "dion_dtensor"])
+def test_imports_need_torch_alone(package: str) -> None:
+    blocked = [
+        "numpy",
+        "mpmath",
+        "rich",
+        "typer",
+        "matplotlib",
+        "jinja2",
+        "safetensors",
+        "hypothesis",
+        "pytest",
+    ]
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({blocked!r})); import {package}; "
+        "assert 'conformance' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=120)
