@@ -326,3 +326,21 @@ def test_imports_torch_and_the_standard_library_only():
     )
     result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert result.stdout.split() == []
+
+
+@pytest.mark.parametrize("shape", [(4, 6), (6, 4), (2, 3, 3)])
+@pytest.mark.parametrize("name", ALL)
+def test_trap_1_a_zero_gradient_from_a_fresh_state_only_decays(name, shape):
+    algorithm = ALGORITHMS[name]
+    variants = [{}]
+    if name in NEWTON_SCHULZ:
+        variants += [{"epsilon_rule": "clamp"}, {"polynomial": "exact"}]
+    for fields in variants:
+        hyper = algorithm.Hyper(lr=0.1, weight_decay=0.5, **fields)
+        W = gaussian(*shape)
+        state = algorithm.init(W, hyper)
+        new, after = algorithm.step(W, torch.zeros_like(W), state, hyper)
+        assert torch.equal(new, W * (1 - 0.1 * 0.5))
+        for key, value in tensors_of(after).items():
+            assert torch.isfinite(value).all(), key
+            assert key == "Q" or not value.any(), key

@@ -136,6 +136,11 @@ def test_threshold_is_inclusive_and_per_column():
     A = torch.diag(torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64))
     _, kept = ordered_basis(A, torch.tensor([1.0, 1.9, 3.5], dtype=torch.float64))
     assert kept.tolist() == [False, True, False]
+    # only what is new counts: column 1 is longer than its threshold, its new part is exactly as long
+    A = torch.tensor([[1.0, 1.0], [0.0, 2.0]], dtype=torch.float64)
+    for threshold, alive in ((2.0, False), (1.999, True)):
+        _, kept = ordered_basis(A, torch.tensor([0.0, threshold], dtype=torch.float64))
+        assert kept.tolist() == [True, alive]
 
 
 def test_all_columns_dead():
