@@ -61,6 +61,9 @@ def test_polar_factor_is_zero_on_the_null_space():
 def test_polar_factor_keeps_what_is_small_but_not_rounding():
     M = torch.diag(torch.tensor([1.0, 1e-14, 1e-17], dtype=torch.float64))
     assert polar_factor(M).diagonal().tolist() == pytest.approx([1.0, 1.0, 0.0], abs=1e-12)
+    # the bound is max(m, n) eps sigma_max: 4 eps here
+    M = torch.diag(torch.tensor([1.0, 5 * EPS, 3 * EPS, 0.5], dtype=torch.float64))
+    assert polar_factor(M).diagonal().tolist() == pytest.approx([1.0, 1.0, 0.0, 1.0], abs=1e-12)
 
 
 @pytest.mark.parametrize("name", POLYNOMIALS)
