@@ -1,0 +1,5 @@
+"""Run as ``python -m conformance.certify``."""
+
+from conformance.certify.command import main
+
+main()
