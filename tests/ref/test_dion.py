@@ -218,6 +218,17 @@ def test_orth_dion_column_that_becomes_dependent_in_R():
     assert new[:, 1].tolist() == [1.0, 0.0, 0.0]
 
 
+def test_orth_dion_step_with_a_column_that_dies_only_in_R():
+    # new in B Q_1: 14 eps > 8 eps ||B||; new in R_1: 14 eps / sqrt(2) <= 8 eps ||R||
+    algorithm = ALGORITHMS["orth_dion"]
+    G = torch.tensor([[1.0, 1.0], [0.0, 14 * EPS]], dtype=torch.float64)
+    state = algorithm.State(momentum=torch.zeros_like(G), Q=torch.eye(2, dtype=torch.float64))
+    assert power_iteration(G, state.Q)[2].tolist() == [True, True]
+    new, after = algorithm.step(torch.zeros_like(G), G, state, algorithm.Hyper(**BARE))
+    assert torch.dist(-new, torch.tensor([[0.5, 0.5], [0.0, 0.0]], dtype=torch.float64).sqrt()) < 1e-14
+    assert after.Q[:, 1].tolist() == pytest.approx([0.0, 1.0], abs=2e-8)
+
+
 @pytest.mark.parametrize("name", LOW_RANK)
 def test_trap_4_a_transposed_problem_gives_the_transposed_step(name):
     algorithm = ALGORITHMS[name]

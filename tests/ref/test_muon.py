@@ -92,6 +92,23 @@ def test_presets_are_all_different_and_sourced():
     assert all(len(p.source) > 10 for p in PRESETS.values())
 
 
+PRESET_FIELDS = {  # momentum, nesterov, bias_correction, polynomial, epsilon, rule, norm_factor, scale, storage
+    "dion": ("sum", False, False, "polar_express", 1e-8, "add", None, "spectral_norm", "out_in"),
+    "keller": ("ema", True, False, "keller", 1e-7, "add", None, "keller", "out_in"),
+    "torch": ("ema", True, False, "keller", 1e-7, "clamp", None, "keller", "out_in"),
+    "moonlight": ("sum", True, False, "keller", 1e-7, "add", None, "moonlight", "out_in"),
+    "nvidia": ("ema", False, False, "you", 1e-15, "clamp", None, "nvidia", "out_in"),
+    "optax": ("ema", True, True, "keller", 1e-8, "add", None, "keller", "in_out"),
+}
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_preset_fields(preset):
+    fields = vars(PRESETS[preset]).copy()
+    del fields["source"]
+    assert tuple(fields.values()) == PRESET_FIELDS[preset]
+
+
 CHANGES = {
     "momentum": "ema",
     "nesterov": True,

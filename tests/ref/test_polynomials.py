@@ -7,6 +7,8 @@ import torch
 
 from dion_ref import POLYNOMIALS
 
+from .test_muon import KELLER, POLAR_EXPRESS, YOU
+
 # (name, low end of the input, lowest and highest output on [low, 1]): facts measured for each table
 RANGES = [
     ("keller", 2e-3, 0.682, 1.202),
@@ -44,17 +46,30 @@ def test_five_steps_with_a_source(name):
     assert table.norm_factor == (1.02 if name == "polar_express" else 1.0)
 
 
-def test_first_coefficients_digit_by_digit():
-    assert POLYNOMIALS["keller"].coefficients == ((3.4445, -4.775, 2.0315),) * 5
-    assert POLYNOMIALS["polar_express"].coefficients[0] == (
-        8.156554524902461,
-        -22.48329292557795,
-        15.878769915207462,
+GNS = (  # before damping
+    (8.28721201814563, -23.595886519098837, 17.300387312530933),
+    (4.107059111542203, -2.9478499167379106, 0.5448431082926601),
+    (3.9486908534822946, -2.908902115962949, 0.5518191394370137),
+    (3.3184196573706015, -2.488488024314874, 0.51004894012372),
+    (2.300652019954817, -1.6689039845747493, 0.4188073119525673),
+)
+CANS = (
+    (8.4703, -25.1081, 18.6293),
+    (4.1828, -3.1087, 0.5806),
+    (3.9619, -2.9541, 0.5630),
+    (3.2866, -2.4647, 0.5074),
+    (2.2737, -1.6447, 0.4162),
+)
+
+
+def test_every_digit():
+    assert POLYNOMIALS["keller"].coefficients == (KELLER,) * 5
+    assert POLYNOMIALS["you"].coefficients == YOU
+    assert POLYNOMIALS["polar_express"].coefficients == POLAR_EXPRESS
+    assert POLYNOMIALS["polar_express_gns"].coefficients == tuple(
+        (a / 1.05, b / 1.05**3, c / 1.05**5) for a, b, c in GNS
     )
-    a, b, c = POLYNOMIALS["polar_express_gns"].coefficients[4]
-    assert (a * 1.05, b * 1.05**3, c * 1.05**5) == pytest.approx(
-        (2.300652019954817, -1.6689039845747493, 0.4188073119525673), rel=1e-15
-    )
+    assert POLYNOMIALS["cans"].coefficients == CANS
 
 
 def test_tables_cannot_be_changed():
