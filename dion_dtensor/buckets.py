@@ -126,7 +126,8 @@ class Bucket:
         weights = [member.local for member in members]
         if self.group["cautious"]:
             for weight, change in zip(weights, updates, strict=True):
-                weight.mul_(torch.where(change * weight >= 0, decay.to(weight.dtype), 1.0))
+                agree = change.sign() * weight.sign() >= 0  # the product itself could underflow
+                weight.mul_(torch.where(agree, decay.to(weight.dtype), 1.0))
         else:
             torch._foreach_mul_(weights, decay)
         torch._foreach_sub_(weights, list(updates))

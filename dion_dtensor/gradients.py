@@ -96,18 +96,14 @@ def _code(member: Member) -> float:
 
 
 def _finite_codes(members: Sequence[Member]) -> Tensor:
-    """FINE or NOT_FINITE a member, by the largest absolute value of its local gradient."""
+    """FINE or NOT_FINITE a member, by the sum of absolute values of its local gradient (zero if empty)."""
     device = members[0].layout.device
     codes = torch.full((len(members),), FINE, device=device)
-    present = [
-        (index, local_of(member.parameter.grad))
-        for index, member in enumerate(members)
-        if member.parameter.grad is not None and not member.parameter.grad.is_sparse
-    ]
-    filled = [(index, grad) for index, grad in present if grad.numel()]
-    if filled:
-        norms = torch._foreach_norm([grad for _, grad in filled], ord=float("inf"))
-        finite = torch.stack([norm.isfinite() for norm in norms])
-        index = torch.tensor([index for index, _ in filled], device=device)
-        codes[index] = torch.where(finite, FINE, NOT_FINITE)
+    grads = [member.parameter.grad for member in members]
+    usable = [index for index, grad in enumerate(grads) if grad is not None and not grad.is_sparse]
+    if usable:
+        local = [local_of(grads[index]).detach() for index in usable]  # type: ignore[arg-type]
+        wide = torch.promote_types(torch.float32, local[0].dtype)  # a float16 sum would overflow
+        finite = torch.stack(torch._foreach_norm(local, ord=1, dtype=wide)).isfinite()
+        codes[torch.tensor(usable, device=device)] = torch.where(finite, FINE, NOT_FINITE)
     return codes

@@ -93,14 +93,16 @@ def ordered_basis(A: Tensor, negligible: Tensor) -> tuple[Tensor, Tensor]:
     """Orthonormal basis of the columns of A in their order, without the dependent ("dead") ones.
 
     Column j of the basis is the normalized part of ``A_j`` that is orthogonal to the earlier kept columns.
-    If that part's norm is ``<= negligible[j]`` the column is dead: zero in the basis, and later columns are
-    not orthogonalized against it.  Signs: the diagonal of the triangular factor is positive.
+    With ``c_k`` the coordinates of ``A_j`` on the kept columns ``A_k``, what is new may be no more than the
+    rounding of ``A_j`` and of ``c_k A_k``; if its norm is
+    ``<= sqrt(negligible[j]^2 + sum_k (c_k negligible[k])^2)`` the column is dead: zero in the basis, and later
+    columns are not orthogonalized against it.  Signs: the diagonal of the triangular factor is positive.
 
     Method: Householder QR of the kept columns; the first dead one is removed; repeat.
 
     Args:
         A: ``[m, r]``, float32 or float64, r <= m.
-        negligible: ``[r]``, a threshold for each column.
+        negligible: ``[r]``, the length that counts as rounding in each column.
 
     Returns:
         The basis ``[m, r]`` and a bool tensor ``[r]``, True where a column was kept.
@@ -110,7 +112,7 @@ def ordered_basis(A: Tensor, negligible: Tensor) -> tuple[Tensor, Tensor]:
     while True:
         orthonormal, triangular = torch.linalg.qr(A[:, candidates])
         diagonal = triangular.diagonal()
-        dead = torch.nonzero(diagonal.abs() <= negligible[candidates]).flatten()
+        dead = torch.nonzero(diagonal.abs() <= _propagated(triangular, negligible[candidates])).flatten()
         if dead.numel() == 0:
             break
         first = int(dead[0])
@@ -120,6 +122,19 @@ def ordered_basis(A: Tensor, negligible: Tensor) -> tuple[Tensor, Tensor]:
     kept = torch.zeros(A.shape[1], dtype=torch.bool, device=A.device)
     kept[candidates] = True
     return basis, kept
+
+
+def _propagated(triangular: Tensor, negligible: Tensor) -> Tensor:
+    """``sqrt(negligible[j]^2 + sum_k (c_k negligible[k])^2)`` for each column j up to the first dependent one."""
+    result = negligible.clone()
+    for j in range(1, len(negligible)):
+        if triangular[j - 1, j - 1] == 0:
+            break  # column j - 1 has nothing new at all; the next turn is without it
+        c = torch.linalg.solve_triangular(triangular[:j, :j], triangular[:j, j : j + 1], upper=True).squeeze(
+            1
+        )
+        result[j] = torch.hypot(negligible[j], norm(c * negligible[:j]))
+    return result
 
 
 def normalize_columns(R: Tensor, epsilon: float) -> Tensor:

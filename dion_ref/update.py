@@ -91,7 +91,8 @@ def decay(W: Tensor, update: Tensor, hyper: CommonHyper) -> Tensor:
         hyper: lr (the base one), weight_decay, cautious.
     """
     decayed = W * (1 - hyper.lr * hyper.weight_decay)
-    return torch.where(update * W >= 0, decayed, W) if hyper.cautious else decayed
+    # signs, since the product of two small numbers may underflow to zero
+    return torch.where(update.sign() * W.sign() >= 0, decayed, W) if hyper.cautious else decayed
 
 
 def apply_update(W: Tensor, update: Tensor, hyper: MatrixHyper) -> Tensor:

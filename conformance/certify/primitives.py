@@ -63,12 +63,24 @@ class Basis:
     triangular: Matrix
 
 
+def back_substituted(columns: Matrix, right: Sequence[Real]) -> list[Real]:
+    """c with ``T c = right``, T upper triangular and given by its columns down to the diagonal."""
+    rest, c = list(right), [mp.zero] * len(right)
+    for k in reversed(range(len(c))):
+        c[k] = rest[k] / columns[k][k]
+        for i in range(k):
+            rest[i] -= c[k] * columns[k][i]
+    return c
+
+
 def ordered_basis(A: Matrix, negligible: Sequence[Real]) -> Basis:
     """Modified Gram-Schmidt, column after column; a column with nothing new in it is dead.
 
     Args:
         A: ``[m, r]``.
-        negligible: ``[r]``, the length at or below which what is new in a column counts as nothing.
+        negligible: ``[r]``, the length that counts as rounding in each column.  What is new in column j counts as
+            nothing at or below ``sqrt(negligible_j^2 + sum_k (c_k negligible_k)^2)``, with ``A_j = sum_k c_k A_k`` and
+            what is new.
 
     Raises:
         UncleanCaseError: what is new is neither clearly more nor clearly less.
@@ -83,7 +95,10 @@ def ordered_basis(A: Matrix, negligible: Sequence[Real]) -> Basis:
             coordinates.append(along)
             rest = [x - along * p for x, p in zip(rest, columns[i], strict=True)]
         new = vector_norm(rest)
-        if clean_below(new, negligible[j], f"column {j} of the basis"):
+        shares = [
+            c * negligible[k] for c, k in zip(back_substituted(triangular, coordinates), kept, strict=True)
+        ]
+        if clean_below(new, vector_norm([negligible[j], *shares]), f"column {j} of the basis"):
             columns.append([mp.zero] * len(rest))
             continue
         columns.append([x / new for x in rest])

@@ -177,6 +177,12 @@ def _dead_columns() -> Iterator[tuple[str, Tensor, Tensor]]:
         inputs.gaussian("dead/small", 9, 4),
         inputs.gaussian("dead/small Q", 4, 4) * small,
     )
+    # what rounding leaves of the third column is 20 eps of its own size: the first two are near parallel
+    yield (
+        "near-parallel columns 4x4",
+        inputs.deficient("probe44/44", 4, 4, 2),
+        torch.cat((inputs.gaussian("probe44/44/Q", 4, 3), inputs.gaussian("probe44/44/q", 4, 1)), dim=1),
+    )
     # both columns of A are new, but those of R = M^T P are parallel: dead on the right only
     weak = torch.diag(torch.tensor([1.0, 2.0**-60], dtype=F64))
     yield "dead on the right 2x2", weak, torch.tensor([[2.0**-45, 1.0], [1.0, 0.0]], dtype=F64)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 __all__ = ["orthonormal_basis"]
 
-# A column this many roundings of its product away from the earlier ones carries no information.
+# A column with this many roundings in it that are new carries no information.
 DEAD_COLUMN_ROUNDINGS = 8
 
 
@@ -16,9 +16,10 @@ def orthonormal_basis(stack: Tensor, sizes: Tensor) -> Tensor:
     """Orthonormalize the columns of each matrix in their order, leaving out those that carry no information.
 
     Column j of the result is the normalised part of column j of ``stack`` orthogonal to the earlier kept columns.  If
-    the norm of that part is at most ``8 * eps * sizes[j]`` the column is *dead*: zero in the result, and nothing is
-    made orthogonal to it.  So a zero matrix gives zeros, and a matrix of rank k gives k orthonormal columns, where a
-    bare QR gives arbitrary ones.
+    the norm of that part is at most ``8 * eps * sqrt(sizes[j]^2 + sum_k (c_k sizes[k])^2)``, where ``c`` are the
+    coordinates of column j on the kept columns, the column is *dead*: zero in the result, and nothing is made
+    orthogonal to it.  So a zero matrix gives zeros, and a matrix of rank k gives k orthonormal columns, where a bare QR
+    gives arbitrary ones.
 
     Args:
         stack: ``[N, m, r]`` with ``m >= r``, float32 or float64.
@@ -28,14 +29,13 @@ def orthonormal_basis(stack: Tensor, sizes: Tensor) -> Tensor:
     Returns:
         ``[N, m, r]``, contiguous.  The sign of a column is that of LAPACK's QR.
     """
-    threshold = DEAD_COLUMN_ROUNDINGS * torch.finfo(stack.dtype).eps * sizes.squeeze(-2)
     columns, triangular = torch.linalg.qr(stack)
     basis: Tensor = columns.contiguous()
-    dead = triangular.diagonal(dim1=-2, dim2=-1).abs() <= threshold
+    dead = _dead(triangular, sizes.squeeze(-2))
     if dead.numel():
         # An opaque operator, since which matrices need the second look depends on the data.
         for index in dead.any(-1).nonzero().flatten().tolist():
-            basis[index] = _basis_without_dead(stack[index], threshold[index])
+            basis[index] = _basis_without_dead(stack[index], sizes[index, 0])
     return basis
 
 
@@ -44,13 +44,27 @@ def _(stack: Tensor, sizes: Tensor) -> Tensor:
     return stack.new_empty(stack.shape)
 
 
-def _basis_without_dead(matrix: Tensor, threshold: Tensor) -> Tensor:
+def _dead(triangular: Tensor, sizes: Tensor) -> Tensor:
+    """Which columns ``[..., r]`` are dead, right up to the first one that is.
+
+    Column j of ``T^-1``, divided by its diagonal entry, holds 1 and the coordinates of column j on the earlier ones.
+    """
+    diagonal = triangular.diagonal(dim1=-2, dim2=-1)
+    identity = torch.eye(triangular.shape[-1], dtype=triangular.dtype, device=triangular.device)
+    invertible = triangular + torch.diag_embed((diagonal == 0).to(triangular.dtype))
+    inverse = torch.linalg.solve_triangular(invertible, identity.expand_as(triangular), upper=True)
+    coordinates = inverse / inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
+    roundings = torch.linalg.vector_norm(coordinates * sizes.unsqueeze(-1), dim=-2)
+    return diagonal.abs() <= DEAD_COLUMN_ROUNDINGS * torch.finfo(triangular.dtype).eps * roundings
+
+
+def _basis_without_dead(matrix: Tensor, sizes: Tensor) -> Tensor:
     """One matrix ``[m, r]``: drop the first dead column and start again, until none is left."""
     kept = list(range(matrix.shape[1]))
     result = torch.zeros_like(matrix)
     while kept:
         basis, triangular = torch.linalg.qr(matrix[:, kept])
-        dead = (triangular.diagonal().abs() <= threshold[kept]).nonzero().flatten()
+        dead = _dead(triangular, sizes[kept]).nonzero().flatten()
         if dead.numel() == 0:
             result[:, kept] = basis
             break

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dion_dtensor.assembly import on_whole_matrices, reduced, whole_dim
+from dion_dtensor.assembly import on_whole_matrices, product, reduced, whole_dim
 from dion_dtensor.orthonormalize import orthonormal_basis
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec
 
@@ -42,8 +42,8 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     B = M.mT if hyper.transposed else M
     Q = whole_dim(state.Q.to(wide), -1)
 
-    P = on_whole_matrices(orthonormal_basis, B @ Q, _matrix_norm(B) * _column_norms(Q))
-    R = reduced(B.mT @ P)
+    P = on_whole_matrices(orthonormal_basis, product(B, Q), _matrix_norm(B) * _column_norms(Q))
+    R = reduced(product(B.mT, P))
     B = B - (1 - hyper.mu) * _outer(P, R, hyper.compute_dtype)  # error feedback
 
     alive = _column_norms(P) > 0.5  # a dead column of P is zero, and keeps its old column of Q
@@ -58,7 +58,7 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
 
 def _outer(P: Tensor, Q: Tensor, dtype: torch.dtype) -> Tensor:
     """``P Q^T``, multiplied in ``dtype``, returned in that of ``P``."""
-    return (P.to(dtype) @ Q.to(dtype).mT).to(P.dtype)
+    return product(P.to(dtype), Q.to(dtype).mT).to(P.dtype)
 
 
 def _matrix_norm(stack: Tensor) -> Tensor:

@@ -48,10 +48,11 @@ def run_steps(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     steps: int = 2,
     dtype: torch.dtype = torch.float64,
+    data: tuple[list[Tensor], list[list[Tensor]]] | None = None,
     **options: Any,
 ) -> dict[str, list[Tensor]]:
     """Full weights and state after ``steps``; on one device if ``layout`` is None."""
-    weights, gradients = problem(shapes, steps, dtype)
+    weights, gradients = data or problem(shapes, steps, dtype)
     mesh = None if layout is None else build_mesh(layout)
 
     def laid(tensor: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ def on_singular_values(
 
 
 def gram_schmidt(A: Tensor, negligible: Tensor) -> tuple[Tensor, list[bool]]:
-    """Column by column, each projected twice; skips what is not new."""
+    """Column by column, each projected twice; skips what is not new beside the rounding of what it is made of."""
     basis, kept = torch.zeros_like(A), []
     for j in range(A.shape[1]):
         column = A[:, j].clone()
@@ -50,7 +50,13 @@ def gram_schmidt(A: Tensor, negligible: Tensor) -> tuple[Tensor, list[bool]]:
             for i in range(j):
                 column = column - basis[:, i] * (basis[:, i] @ column)
         size = math.sqrt(float(column @ column))
-        kept.append(size > float(negligible[j]))
+        earlier = [k for k, alive in enumerate(kept) if alive]
+        c = (
+            torch.linalg.lstsq(A[:, earlier], A[:, j : j + 1]).solution.flatten()
+            if earlier
+            else A.new_zeros(0)
+        )
+        kept.append(size > math.hypot(float(negligible[j]), *(c * negligible[earlier]).tolist()))
         if kept[-1]:
             basis[:, j] = column / size
     return basis, kept

@@ -219,14 +219,15 @@ def test_orth_dion_column_that_becomes_dependent_in_R():
 
 
 def test_orth_dion_step_with_a_column_that_dies_only_in_R():
-    # new in B Q_1: 14 eps > 8 eps ||B||; new in R_1: 14 eps / sqrt(2) <= 8 eps ||R||
+    # new in B Q_1: 15 eps > 8 sqrt(2 * 1.5) eps; new in R_1: 15 eps / sqrt(2) <= 8 sqrt(2) eps
     algorithm = ALGORITHMS["orth_dion"]
-    G = torch.tensor([[1.0, 1.0], [0.0, 14 * EPS]], dtype=torch.float64)
-    state = algorithm.State(momentum=torch.zeros_like(G), Q=torch.eye(2, dtype=torch.float64))
+    G = torch.tensor([[1.0, 1.0], [0.0, 15 * EPS]], dtype=torch.float64)
+    Q = torch.tensor([[1.0, -0.5], [0.0, 1.0]], dtype=torch.float64)
+    state = algorithm.State(momentum=torch.zeros_like(G), Q=Q)
     assert power_iteration(G, state.Q)[2].tolist() == [True, True]
     new, after = algorithm.step(torch.zeros_like(G), G, state, algorithm.Hyper(**BARE))
     assert torch.dist(-new, torch.tensor([[0.5, 0.5], [0.0, 0.0]], dtype=torch.float64).sqrt()) < 1e-14
-    assert after.Q[:, 1].tolist() == pytest.approx([0.0, 1.0], abs=2e-8)
+    assert after.Q[:, 1].tolist() == pytest.approx([-(0.2**0.5), 0.8**0.5], abs=2e-8)
 
 
 @pytest.mark.parametrize("name", LOW_RANK)
@@ -335,3 +336,23 @@ def test_trap_3_a_step_depends_on_its_state_alone():
         middle, state = algorithm.step(middle, grad, state, hyper)
     assert torch.equal(middle, through)
     assert torch.equal(state.Q, last.Q)
+
+
+def test_column_made_of_near_parallel_ones_is_dead():
+    """The rounding of earlier columns reaches a dependent one times its coordinates on them: 20 eps here."""
+    M = torch.tensor([[-9, 10, -5, 0], [8, -8, 2, 2], [-1, -2, 8, -7], [-11, 10, 0, -5]], dtype=torch.float64)
+    assert int(torch.linalg.matrix_rank(M)) == 2
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(300):
+        Q = torch.randn(4, 3, dtype=torch.float64, generator=generator)
+        Q[:, 1] = Q[:, 0] + 1e-2 * Q[:, 1]
+        _, _, kept = power_iteration(M, Q)
+        assert kept.tolist() == [True, True, False]
+
+
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(6, 6, 3), (24, 16, 8), (64, 64, 16)])
+def test_rank_of_the_momentum_is_the_number_of_live_columns(rows, columns, rank):
+    for seed in range(40):
+        M = gaussian(rows, rank, seed=seed) @ gaussian(rank, columns, seed=seed + 1000)
+        _, _, kept = power_iteration(M, gaussian(columns, columns, seed=seed + 2000))
+        assert kept.tolist() == [True] * rank + [False] * (columns - rank)

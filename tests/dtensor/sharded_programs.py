@@ -1,0 +1,132 @@
+"""What ranks run for wrapped models and for faults."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from dion_dtensor import Dion, Muon, audit, param_groups
+from tests.dtensor.layouts import build_mesh, lay_out, layout
+
+
+class Block(nn.Module):
+    """Sizes that four ranks cannot share evenly, and a bias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(7, 10, dtype=torch.float64)
+        self.up = nn.Linear(10, 22, dtype=torch.float64)
+        self.down = nn.Linear(22, 10, bias=False, dtype=torch.float64)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.down(self.up(self.embedding(tokens)).relu())
+
+
+def wrapped_training(kind: str, algorithm: str, compiled: bool) -> tuple[dict[str, Tensor], str]:
+    """Three steps of a model wrapped as ``kind`` says; full weights and the audit."""
+    torch.manual_seed(0)
+    model = Block()
+    if kind == "fsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
+    elif kind == "hsdp":
+        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    elif kind in ("tp", "fsdp+tp"):
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+        plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
+        parallelize_module(model, mesh["tp"], plan)
+        if kind == "fsdp+tp":
+            fully_shard(model, mesh=mesh["fsdp"])
+    optimizer_type = Dion if algorithm == "dion" else Muon
+    groups = param_groups(model, algorithm=algorithm, lr=0.05)
+    # Seven tokens give gradients of rank seven at most; r = 5 stays clear of columns that are nearly dependent,
+    # where the rounding of the sharded backward itself would be amplified.
+    options = {"rank_fraction": 0.5} if algorithm == "dion" else {}
+    optimizer = optimizer_type(groups, compile=compiled, **options)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(torch.randint(0, 7, (4, 5), generator=generator)).square().sum().backward()
+        optimizer.step()
+    weights = {
+        name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
+        for name, p in model.named_parameters()
+    }
+    return weights, str(audit(optimizer))
+
+
+def faulty_step(fault: str, faulty_rank: int) -> tuple[str, bool]:
+    """The error of a step with a fault on one rank, and whether weights and state are as before."""
+    where = layout("2x2 T0 S0")
+    mesh = build_mesh(where)
+    rank = torch.distributed.get_rank()
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(6, 4, generator=generator) for _ in range(2)]
+    parameters = [nn.Parameter(lay_out(weight, where, mesh)) for weight in weights]
+    named = list(zip(["first.weight", "second.weight"], parameters, strict=True))
+    optimizer = Muon(named, compile=False)
+    for parameter in parameters:
+        parameter.grad = lay_out(torch.ones(6, 4), where, mesh)
+    optimizer.step()
+    before = [p.to_local().clone() for p in parameters]
+    states = copy.deepcopy([optimizer.state[p]["momentum"].to_local() for p in parameters])
+    bad = parameters[1]
+    assert bad.grad is not None
+    if rank == faulty_rank:
+        if fault == "nan":
+            bad.grad.to_local()[0, 0] = float("nan")
+        elif fault == "missing":
+            bad.grad = None
+    if fault == "placement":
+        bad.grad = lay_out(torch.ones(6, 4), layout("2x2 S0 S1"), mesh)
+    message = ""
+    try:
+        optimizer.step()
+    except RuntimeError as error:
+        message = str(error)
+    same = all(torch.equal(p.to_local(), old) for p, old in zip(parameters, before, strict=True))
+    same &= all(
+        torch.equal(optimizer.state[p]["momentum"].to_local(), old)
+        for p, old in zip(parameters, states, strict=True)
+    )
+    return message, same
+
+
+def partial_gradient(algorithm: str) -> tuple[Tensor, Tensor]:
+    """A step with gradients not yet averaged over the replicate axis, and one with the averaged ones."""
+    mesh = build_mesh(layout("2x2 R S0"))
+    rank = torch.distributed.get_rank()
+    results = []
+    for averaged in (False, True):
+        generator = torch.Generator().manual_seed(0)
+        weight = torch.randn(6, 4, generator=generator, dtype=torch.float64)
+        halves = torch.randn(2, 6, 4, generator=generator, dtype=torch.float64)
+        parameter = nn.Parameter(lay_out(weight, layout("2x2 R S0"), mesh))
+        optimizer = (Dion if algorithm == "dion" else Muon)([("w", parameter)], compile=False)
+        if averaged:
+            parameter.grad = lay_out(halves.mean(0), layout("2x2 R S0"), mesh)
+        else:
+            own = DTensor.from_local(halves[rank // 2], mesh, [Replicate(), Replicate()], run_check=False)
+            local = own.redistribute(placements=[Replicate(), Shard(0)]).to_local()
+            parameter.grad = DTensor.from_local(local, mesh, [Partial("avg"), Shard(0)], run_check=False)
+        optimizer.step()
+        results.append(parameter.detach().full_tensor())
+    return results[0], results[1]
+
+
+def state_of_rank(algorithm: str) -> list[tuple[str, list[str]]]:
+    """Names and state keys, with a gradient on no parameter."""
+    where = layout("2x2 S0 S0")
+    mesh = build_mesh(where)
+    shapes: list[Any] = [(2, 3), (3, 2), (9, 9)]
+    named = [
+        (f"w{i}", nn.Parameter(lay_out(torch.ones(shape), where, mesh))) for i, shape in enumerate(shapes)
+    ]
+    optimizer = (Dion if algorithm == "dion" else Muon)(named, compile=False)
+    return [(name, sorted(optimizer.state[parameter])) for name, parameter in named]

@@ -1,0 +1,25 @@
+"""One process that plays all ranks of a mesh: LocalTensorMode over the fake process group."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from tests.dtensor.layouts import Layout
+from tests.dtensor.programs import SHAPES, problem, run_steps
+
+
+def simulated_steps(name: str, where: Layout) -> list[Tensor]:
+    """Full weights after two steps on a simulated mesh."""
+    data = problem(
+        SHAPES, 2, torch.float64
+    )  # before the mode begins: inside it each rank would draw for itself
+    torch.distributed.init_process_group("fake", rank=0, world_size=where.world, store=FakeStore())
+    try:
+        with LocalTensorMode(where.world):
+            result = run_steps(name, where, data=data, compile=False)
+            return [w.reconcile() if isinstance(w, LocalTensor) else w for w in result["weight"]]
+    finally:
+        torch.distributed.destroy_process_group()
