@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import TCPStore
 
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
@@ -32,7 +33,7 @@ GRACE_SECONDS = 1.0  # after the first failure, for the failure that caused it t
 END_SECONDS = 3.0  # between SIGTERM and SIGKILL
 
 
-class RankFailed(RuntimeError):
+class RankFailedError(RuntimeError):
     """A rank raised or died. `rank` is the first that did, `reason` its exception or exit signal."""
 
     def __init__(self, rank: int, reason: str, details: str = "") -> None:
@@ -107,7 +108,7 @@ def run(
         preload: modules imported once, before the ranks are forked from that process.
 
     Raises:
-        RankFailed: a rank raised or died; every other rank has been ended.
+        RankFailedError: a rank raised or died; every other rank has been ended.
     """
     environment = _joined_environment()
     if process_group and environment is not None:
@@ -134,15 +135,15 @@ def run(
     return [one.result for one in watched]  # type: ignore[misc]
 
 
-def _local_store() -> dist.TCPStore:
+def _local_store() -> TCPStore:
     """A store on a port that the system chooses; this process holds it, so no other can take it."""
-    return dist.TCPStore(
+    return TCPStore(
         "127.0.0.1", 0, world_size=None, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=60)
     )
 
 
 def _watch(watched: list[_Watched], on_event: Callable[[int, object], None] | None) -> None:
-    """Returns when every rank has delivered its result; raises RankFailed soon after one failed."""
+    """Returns when every rank has delivered its result; raises RankFailedError soon after one failed."""
     deadline: float | None = None
     while not all(one.finished for one in watched):
         sources: list[Any] = [one.channel for one in watched if not one.channel.closed]
@@ -175,7 +176,7 @@ def _drain(index: int, one: _Watched, on_event: Callable[[int, object], None] | 
         one.channel.close()
 
 
-def _failure(watched: list[_Watched]) -> RankFailed:
+def _failure(watched: list[_Watched]) -> RankFailedError:
     """The failure that most likely caused the others: a signal, then an exception, then a lost peer."""
 
     def suspicion(item: tuple[int, _Watched]) -> tuple[int, float]:
@@ -191,9 +192,9 @@ def _failure(watched: list[_Watched]) -> RankFailed:
         line, details = one.error
         same = [other for other, peer in enumerate(watched) if peer.error and peer.error[0] == line]
         also = f" (the same on ranks {', '.join(map(str, same[1:]))})" if len(same) > 1 else ""
-        return RankFailed(index, f"raised {line}{also}", details)
+        return RankFailedError(index, f"raised {line}{also}", details)
     one.process.join(1.0)
-    return RankFailed(index, describe_exit(one.process.exitcode))
+    return RankFailedError(index, describe_exit(one.process.exitcode))
 
 
 def describe_exit(code: int | None) -> str:
@@ -259,7 +260,7 @@ def _local_rank(
         if port:
             if sys.platform.startswith("linux"):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
-            store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
+            store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
             dist.init_process_group(
                 "nccl" if place.type == "cuda" else "gloo",
                 store=store,
@@ -324,7 +325,9 @@ def _joined_environment() -> Mapping[str, str] | None:
 def _first_slurm_host() -> str:
     """Name of the first host of the Slurm step."""
     hosts = os.environ.get("SLURM_STEP_NODELIST", "localhost")
-    listed = subprocess.run(["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True)
+    listed = subprocess.run(
+        ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True
+    )
     return listed.stdout.split()[0]
 
 
@@ -352,6 +355,6 @@ def _run_joined(
         results: list[Any] = [None] * count
         dist.all_gather_object(results, result)
     except Exception as error:
-        raise RankFailed(index, f"raised {one_line(error)}", traceback.format_exc()) from error
+        raise RankFailedError(index, f"raised {one_line(error)}", traceback.format_exc()) from error
     dist.destroy_process_group()
     return results

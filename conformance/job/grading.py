@@ -27,7 +27,14 @@ def align_columns(Q: Tensor, reference: Tensor) -> Tensor:
 
 
 def nearest_lion_update(
-    update: Tensor, reference: Tensor, exp_avg: Tensor, grad: Tensor, *, lr: float, beta: float, epsilon: float
+    update: Tensor,
+    reference: Tensor,
+    exp_avg: Tensor,
+    grad: Tensor,
+    *,
+    lr: float,
+    beta: float,
+    epsilon: float,
 ) -> tuple[Tensor, int]:
     """The right answer nearest to Lion's `update`, and in how many elements it is not `reference` itself.
 

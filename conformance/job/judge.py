@@ -61,10 +61,18 @@ class Judge:
         """The rule that parameter `name` has to follow."""
         return self.optimizer.algorithm if is_matrix(name) else self.optimizer.scalar
 
+    def hyper(self, name: str) -> Any:
+        """The oracle's hyperparameters for parameter `name`."""
+        return self._hyper[is_matrix(name)]
+
+    def fresh_state(self, name: str, weight: Tensor) -> Any:
+        """The oracle's state before the first step, float64."""
+        rule = ALGORITHMS[self.algorithm(name)]
+        return rule.init(weight.double(), self.hyper(name), name=name, seed=self.seed)
+
     def initial_state(self, name: str, weight: Tensor, state: StateTensors) -> None:
         """Grades the state that `name` starts from: zeros, and Dion's first Q by its seed and name."""
-        rule, hyper = ALGORITHMS[self.algorithm(name)], self._hyper[is_matrix(name)]
-        reference = rule.init(weight.double(), hyper, name=name, seed=self.seed)
+        reference = self.fresh_state(name, weight)
         for key, value in state.items():
             expected = getattr(reference, key)
             self._errors[name, f"initial {key}"].append(relative_error(value, expected))
@@ -100,7 +108,7 @@ class Judge:
         return found
 
     def _oracle(self, name: str, step: Step, precision: Precision) -> tuple[Tensor, StateTensors]:
-        rule, hyper = ALGORITHMS[self.algorithm(name)], self._hyper[is_matrix(name)]
+        rule, hyper = ALGORITHMS[self.algorithm(name)], self.hyper(name)
         kept: dict[str, Any] = {
             key: value.to(precision.storage) for key, value in step.state.items() if key != "step"
         }
@@ -126,7 +134,7 @@ class Judge:
         old = step.weight.double()
         update, expected = taken[0].double() - old, reference[0] - old
         if self.algorithm(name) == "lion":
-            hyper = self._hyper[is_matrix(name)]
+            hyper = self.hyper(name)
             expected, others = nearest_lion_update(
                 update,
                 expected,
@@ -140,7 +148,9 @@ class Judge:
         into[name, "update"].append(relative_error(update, expected))
         for key, value in taken[1].items():
             wanted = reference[1][key]
-            into[name, key].append(relative_error(align_columns(value, wanted) if key == "Q" else value, wanted))
+            into[name, key].append(
+                relative_error(align_columns(value, wanted) if key == "Q" else value, wanted)
+            )
 
 
 def shares(sizes: Mapping[str, int], ranks: int) -> list[list[str]]:

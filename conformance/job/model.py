@@ -102,7 +102,9 @@ def make_model(shape: GPTShape, dtype: torch.dtype, *, seed: int = 0) -> GPT:
             deviation = 0.02 if "embedding" in name or "position" in name else parameter.shape[1] ** -0.5
             if name.endswith(("proj.weight", "down.weight")):
                 deviation /= (2 * shape.layers) ** 0.5  # keeps the stream's size independent of depth
-            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * deviation)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * deviation
+            )
     return model.to(dtype)
 
 

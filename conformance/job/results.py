@@ -71,6 +71,13 @@ class Row:
         return max(self.updates, key=lambda one: one.largest)
 
     @property
+    def own(self) -> Series:
+        """The update with the largest error among the parameters on the optimizer's own rule."""
+        return max(
+            (one for one in self.updates if one.algorithm == self.optimizer), key=lambda one: one.largest
+        )
+
+    @property
     def tightest(self) -> Series:
         """The series, update or state, that uses most of its bound."""
         return tightest(self.series)
@@ -99,8 +106,10 @@ class Row:
             "kind": self.kind,
             "passed": self.passed,
             "why": self.why(),
-            "largest_update_error": rounded(self.largest.largest),
-            "bound": rounded(self.largest.bound),
+            "largest_update_error": rounded(self.own.largest),
+            "bound": rounded(self.own.bound),
+            "largest_update_error_of_all": rounded(self.largest.largest),
+            "largest_state_error": rounded(max((one.largest for one in self.states), default=0.0)),
             "largest_share_of_bound": rounded(self.tightest.used),
             "closest": f"{self.tightest.quantity} of {self.tightest.parameter}",
             "seconds": rounded(self.seconds),

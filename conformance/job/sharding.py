@@ -43,7 +43,9 @@ def layout(tensor: torch.Tensor) -> str:
     if not isinstance(tensor, DTensor):
         return "local"
     names = tensor.device_mesh.mesh_dim_names or tuple(map(str, range(tensor.device_mesh.ndim)))
-    return " ".join(f"{axis}:{_short(placement)}" for axis, placement in zip(names, tensor.placements, strict=True))
+    return " ".join(
+        f"{axis}:{_short(placement)}" for axis, placement in zip(names, tensor.placements, strict=True)
+    )
 
 
 def _short(placement: object) -> str:

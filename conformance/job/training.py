@@ -9,7 +9,6 @@ import time
 import warnings
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
+from conformance.job.events import Started, Stepped
 from conformance.job.gather import Gatherer
 from conformance.job.judge import Judge, Step, merge, shares
 from conformance.job.model import GPT, is_matrix, loss_of, make_model
@@ -28,24 +28,6 @@ from conformance.job.text import batch, read_text
 from conformance.launch import Rank
 from conformance.meshes import Mesh, mesh_for
 from dion_dtensor import Dion, Muon, param_groups
-
-
-@dataclass(frozen=True)
-class Started:
-    """A row has begun."""
-
-    optimizer: str
-    dtype: str
-    mesh: str
-    steps: int
-
-
-@dataclass(frozen=True)
-class Stepped:
-    """A step has been taken and judged."""
-
-    step: int
-    loss: float
 
 
 def train(rank: Rank, settings: Settings) -> None:
@@ -65,11 +47,15 @@ def train(rank: Rank, settings: Settings) -> None:
 
 
 def quiet() -> None:
-    """Silences torch's notes on gloo's missing all-to-all and on gathers that take two collectives."""
+    """Silences torch's notes on gloo's missing all-to-all, two-step gathers and a CUDA that is not there."""
     warnings.filterwarnings("ignore", message=".*all_to_all.*")
     warnings.filterwarnings("ignore", message=".*alltoall.*")
-    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)
-    logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+    for name in (
+        "torch.distributed.tensor",
+        "torch.distributed.tensor._redistribute",
+        "torch.utils.cpp_extension",
+    ):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def make_optimizer(

@@ -1,0 +1,26 @@
+"""The command line: `conformance run` and `conformance certify`."""
+
+from __future__ import annotations
+
+import typer
+
+from conformance.certify.command import certify
+from conformance.job.command import run
+
+app = typer.Typer(
+    help="Holds orthonormal optimizers to a float64 oracle.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("run")(run)
+app.command("certify")(certify)
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()
