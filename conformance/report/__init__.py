@@ -1,0 +1,1 @@
+"""What a person sees of the main job: the terminal, the pictures and the page."""
