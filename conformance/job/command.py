@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -49,6 +48,7 @@ def run(
     no_compile: Annotated[
         bool, typer.Option("--no-compile", help="Run the optimizer steps eagerly.")
     ] = False,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print a failing rank's traceback.")] = False,
     inject_nan: Annotated[str | None, typer.Option(hidden=True, metavar="STEP:PARAMETER")] = None,
     mutate: Annotated[list[str] | None, typer.Option(hidden=True, metavar="NAME=NUMBER")] = None,
 ) -> None:
@@ -73,16 +73,19 @@ def run(
         changes["nan_at"] = _nan_at(inject_nan)
     if mutate:
         changes["mutation"] = dict(_assignment(one) for one in mutate)
-    raise typer.Exit(run_job(replace(settings, **changes), report, json_file))
+    raise typer.Exit(run_job(replace(settings, **changes), report, json_file, traceback=traceback))
 
 
-def run_job(settings: Settings, report: Path, json_file: Path | None = None) -> int:
+def run_job(
+    settings: Settings, report: Path, json_file: Path | None = None, *, traceback: bool = False
+) -> int:
     """Runs the job, prints its table and writes its report.
 
     Args:
         settings: what to run.
         report: folder of the report.
         json_file: where the results go as well.
+        traceback: print a failing rank's traceback.
 
     Returns:
         The exit status: 0 all passed, 1 something failed, 130 interrupted. When a rank fails nothing is written.
@@ -117,7 +120,7 @@ def run_job(settings: Settings, report: Path, json_file: Path | None = None) -> 
                 )
     except launch.RankFailedError as failure:
         console.print(f"stopped: {failure}", style="red", highlight=False, markup=False, soft_wrap=True)
-        if failure.details and "-v" in sys.argv:
+        if traceback:
             console.print(failure.details, highlight=False, markup=False)
         console.print("nothing was written", highlight=False)
         return 1

@@ -37,6 +37,7 @@ def train(rank: Rank, settings: Settings) -> None:
         RuntimeError: the optimizer refused a step, or put a parameter on another rule than it should.
     """
     quiet()
+    forget_mesh_hash()
     described = mesh_for(rank.count, settings.shape.heads)
     mesh = init_device_mesh(rank.device.type, described.sizes, mesh_dim_names=described.names)
     text = read_text()
@@ -56,6 +57,21 @@ def quiet() -> None:
         "torch.utils.cpp_extension",
     ):
         logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def forget_mesh_hash() -> None:
+    """Lets compiled code be found again by later runs.
+
+    The keys of inductor's caches hold the pickled mesh, and a mesh pickles the hash it has remembered (torch 2.14:
+    `DeviceMesh._hash`), which Python salts anew in every process. The mesh computes it again when it is asked.
+    """
+    original = DeviceMesh.__getstate__
+
+    def without_hash(mesh: DeviceMesh) -> dict[str, Any]:
+        state: dict[str, Any] = original(mesh)
+        return {**state, "_hash": None}
+
+    DeviceMesh.__getstate__ = without_hash  # type: ignore[method-assign]
 
 
 def make_optimizer(
