@@ -2,7 +2,8 @@
 
 On plain tensors each verb is the obvious local operation.  On DTensors it redistributes, so the collective (all-to-all,
 all-gather, reduce-scatter, all-reduce, or nothing) follows from the placements, eagerly and under
-``torch.compile(fullgraph=True)``.
+``torch.compile(fullgraph=True)``.  What needs no communication runs on the local shards, and the placements of the
+result are worked out here: DTensor's own search for them takes seconds an operation on meshes of three and more axes.
 """
 
 from __future__ import annotations
@@ -16,7 +17,18 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from dion_dtensor.layout import StorageLayout, compute_placements, move_shard, shard_dim
 
-__all__ = ["agreed_maximum", "on_whole_matrices", "own_shard", "product", "reduced", "scattered", "whole_dim"]
+__all__ = [
+    "agreed_maximum",
+    "elementwise",
+    "norm",
+    "on_whole_matrices",
+    "own_shard",
+    "product",
+    "reduced",
+    "scattered",
+    "transposed",
+    "whole_dim",
+]
 
 
 def on_whole_matrices(function: Callable[..., Tensor], stack: Tensor, *others: Tensor) -> Tensor:
@@ -92,12 +104,57 @@ def scattered(values: Tensor, layout: StorageLayout) -> Tensor:
     return own_shard(DTensor.from_local(values, layout.mesh, run_check=False), layout)
 
 
+def elementwise(function: Callable[..., Tensor], stack: Tensor, *others: Tensor) -> Tensor:
+    """``function(stack, *others)`` on each element by itself.
+
+    Args:
+        function: of tensors; it sees the local shards.
+        stack: its layout is that of the result.
+        others: tensors of the same layout; a dim of size one, whole on every rank, is broadcast.
+
+    Raises:
+        ValueError: another layout.
+    """
+    if not isinstance(stack, DTensor):
+        return function(stack, *others)
+    for other in others:
+        if isinstance(other, DTensor):
+            for ours, theirs in zip(stack.placements, other.placements, strict=True):
+                dim = shard_dim(ours)
+                broadcast = dim is not None and other.shape[dim] == 1 and isinstance(theirs, Replicate)
+                if ours != theirs and not broadcast:
+                    raise ValueError(
+                        f"elementwise on stacks placed {stack.placements} and {other.placements}"
+                    )
+    local = function(stack.to_local(), *(o.to_local() if isinstance(o, DTensor) else o for o in others))
+    return _from_local(local, stack.device_mesh, stack.placements, tuple(stack.shape))
+
+
+def norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:
+    """2-norms over whole ``dims``, which stay with size one (all-reduce over the axes that shard them)."""
+    if not isinstance(stack, DTensor):
+        return stack.square().sum(dims, keepdim=True).sqrt()
+    summed = {dim % stack.ndim for dim in dims}
+    placements = [Partial("sum") if shard_dim(p) in summed else p for p in stack.placements]
+    shape = tuple(1 if dim in summed else size for dim, size in enumerate(stack.shape))
+    squares = stack.to_local().square().sum(dims, keepdim=True)
+    return elementwise(torch.sqrt, reduced(_from_local(squares, stack.device_mesh, placements, shape)))
+
+
+def transposed(stack: Tensor) -> Tensor:
+    """``[N, n, m]`` of ``[N, m, n]``, where it lies."""
+    if not isinstance(stack, DTensor):
+        return stack.mT
+    placements = [move_shard(p, 3 - dim) if (dim := shard_dim(p)) else p for p in stack.placements]
+    shape = (stack.shape[0], stack.shape[2], stack.shape[1])
+    return _from_local(stack.to_local().mT, stack.device_mesh, placements, shape)
+
+
 def product(left: Tensor, right: Tensor) -> Tensor:
     """``left @ right`` of stacks ``[N, m, k]`` and ``[N, k, n]`` where they lie, without communication.
 
     An axis that shards ``k`` of both leaves the product ``Partial`` (see :func:`reduced`); one that shards ``m`` or
-    ``n`` shards the product likewise.  The placements are worked out here, since DTensor's own search for those of a
-    product takes seconds for each new shape on meshes of three and more axes.
+    ``n`` shards the product likewise.
 
     Raises:
         ValueError: an axis for which neither holds; assemble one of the two first.

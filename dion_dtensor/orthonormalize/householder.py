@@ -55,7 +55,8 @@ def _dead(triangular: Tensor, sizes: Tensor) -> Tensor:
     inverse = torch.linalg.solve_triangular(invertible, identity.expand_as(triangular), upper=True)
     coordinates = inverse / inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
     roundings = torch.linalg.vector_norm(coordinates * sizes.unsqueeze(-1), dim=-2)
-    return diagonal.abs() <= DEAD_COLUMN_ROUNDINGS * torch.finfo(triangular.dtype).eps * roundings
+    limit: Tensor = DEAD_COLUMN_ROUNDINGS * torch.finfo(triangular.dtype).eps * roundings
+    return diagonal.abs() <= limit
 
 
 def _basis_without_dead(matrix: Tensor, sizes: Tensor) -> Tensor:

@@ -12,7 +12,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dion_dtensor.assembly import on_whole_matrices, product, reduced, whole_dim
+from dion_dtensor.assembly import (
+    elementwise,
+    norm,
+    on_whole_matrices,
+    product,
+    reduced,
+    transposed,
+    whole_dim,
+)
 from dion_dtensor.orthonormalize import orthonormal_basis
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec
 
@@ -38,37 +46,34 @@ class State(NamedTuple):
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``; only ``m x r`` is ever assembled."""
     wide = torch.promote_types(state.momentum.dtype, torch.float32)
-    M = state.momentum.to(wide) + grad
-    B = M.mT if hyper.transposed else M
-    Q = whole_dim(state.Q.to(wide), -1)
+    momentum = elementwise(lambda M, G: M.to(wide) + G, state.momentum, grad)
+    B = transposed(momentum) if hyper.transposed else momentum
+    Q = elementwise(lambda Q: Q.to(wide), whole_dim(state.Q, -1))
 
-    P = on_whole_matrices(orthonormal_basis, product(B, Q), _matrix_norm(B) * _column_norms(Q))
-    R = reduced(product(B.mT, P))
-    B = B - (1 - hyper.mu) * _outer(P, R, hyper.compute_dtype)  # error feedback
+    roundings = elementwise(torch.mul, norm(Q, (-2,)), norm(B, (-2, -1)))
+    P = on_whole_matrices(orthonormal_basis, product(B, Q), roundings)
+    R = reduced(product(transposed(B), P))
+    feedback = _outer(P, R, hyper.compute_dtype)
+    B = elementwise(lambda B, PR: B - (1 - hyper.mu) * PR, B, feedback)
 
-    alive = _column_norms(P) > 0.5  # a dead column of P is zero, and keeps its old column of Q
-    Q = torch.where(alive, R, Q)
-    Q = Q / (_column_norms(Q) + hyper.epsilon)
+    # A dead column of P is zero, and keeps its old column of Q.
+    Q = elementwise(lambda Q, R, length: torch.where(length > 0.5, R, Q), Q, R, norm(P, (-2,)))
+    Q = elementwise(lambda Q, length: Q / (length + hyper.epsilon), Q, norm(Q, (-2,)))
     direction = _outer(P, Q, hyper.compute_dtype)
 
     if hyper.transposed:
-        B, direction = B.mT, direction.mT
-    return direction, State(B.to(state.momentum.dtype), Q.to(state.Q.dtype))
+        B, direction = transposed(B), transposed(direction)
+    new = State(
+        momentum=elementwise(lambda B: B.to(state.momentum.dtype), B),
+        Q=elementwise(lambda Q: Q.to(state.Q.dtype), Q),
+    )
+    return direction, new
 
 
 def _outer(P: Tensor, Q: Tensor, dtype: torch.dtype) -> Tensor:
     """``P Q^T``, multiplied in ``dtype``, returned in that of ``P``."""
-    return product(P.to(dtype), Q.to(dtype).mT).to(P.dtype)
-
-
-def _matrix_norm(stack: Tensor) -> Tensor:
-    """Frobenius norms ``[N, 1, 1]`` of whole matrices."""
-    return reduced((stack * stack).sum((-2, -1), keepdim=True)).sqrt()
-
-
-def _column_norms(stack: Tensor) -> Tensor:
-    """Norms ``[N, 1, r]`` of whole columns."""
-    return reduced((stack * stack).sum(-2, keepdim=True)).sqrt()
+    rounded = (elementwise(lambda values: values.to(dtype), factor) for factor in (P, transposed(Q)))
+    return elementwise(lambda values: values.to(P.dtype), product(*rounded))
 
 
 def rank(shape: tuple[int, ...], group: Mapping[str, Any]) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dion_dtensor.assembly import on_whole_matrices
+from dion_dtensor.assembly import elementwise, on_whole_matrices
 from dion_dtensor.orthonormalize import newton_schulz, resolve_polynomial
 from dion_dtensor.orthonormalize.polynomial import Coefficients, norm_factor_of
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec
@@ -38,11 +38,13 @@ class State(NamedTuple):
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``."""
-    grad = grad.to(state.momentum.dtype)
-    if hyper.momentum == "ema":
-        grad = (1 - hyper.mu) * grad
-    momentum = hyper.mu * state.momentum + grad
-    direction = hyper.mu * momentum + grad if hyper.nesterov else momentum
+    share = 1 - hyper.mu if hyper.momentum == "ema" else 1.0
+
+    def accumulate(momentum: Tensor, grad: Tensor) -> Tensor:
+        return hyper.mu * momentum + share * grad.to(momentum.dtype)
+
+    momentum = elementwise(accumulate, state.momentum, grad)
+    direction = elementwise(accumulate, momentum, grad) if hyper.nesterov else momentum
     orthonormalize = partial(
         newton_schulz,
         coefficients=hyper.coefficients,
@@ -50,7 +52,8 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
         epsilon_rule=hyper.epsilon_rule,
         norm_factor=hyper.norm_factor,
     )
-    return on_whole_matrices(orthonormalize, direction.to(hyper.compute_dtype)), State(momentum)
+    rounded = elementwise(lambda values: values.to(hyper.compute_dtype), direction)
+    return on_whole_matrices(orthonormalize, rounded), State(momentum)
 
 
 def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateSpec]:

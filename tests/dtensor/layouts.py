@@ -69,7 +69,7 @@ LAYOUTS = [
 
 
 def build_mesh(layout: Layout) -> DeviceMesh:
-    names = ("replicate", "shard", "tensor")[-len(layout.mesh) :]
+    names = ("expert", "replicate", "shard", "tensor")[-len(layout.mesh) :]
     return init_device_mesh("cpu", layout.mesh, mesh_dim_names=names)
 
 

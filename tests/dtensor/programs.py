@@ -30,9 +30,10 @@ SHAPES = (
 )
 
 
-def problem(
-    shapes: Sequence[tuple[int, int]], steps: int, dtype: torch.dtype
-) -> tuple[list[Tensor], list[list[Tensor]]]:
+Problem = tuple[list[Tensor], list[list[Tensor]]]
+
+
+def problem(shapes: Sequence[tuple[int, int]], steps: int, dtype: torch.dtype = torch.float64) -> Problem:
     """Weights, and gradients by step; the same on every rank."""
     generator = torch.Generator().manual_seed(7)
 
@@ -48,7 +49,7 @@ def run_steps(
     shapes: Sequence[tuple[int, int]] = SHAPES,
     steps: int = 2,
     dtype: torch.dtype = torch.float64,
-    data: tuple[list[Tensor], list[list[Tensor]]] | None = None,
+    data: Problem | None = None,
     **options: Any,
 ) -> dict[str, list[Tensor]]:
     """Full weights and state after ``steps``; on one device if ``layout`` is None."""

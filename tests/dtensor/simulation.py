@@ -8,14 +8,11 @@ from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from tests.dtensor.layouts import Layout
-from tests.dtensor.programs import SHAPES, problem, run_steps
+from tests.dtensor.programs import Problem, run_steps
 
 
-def simulated_steps(name: str, where: Layout) -> list[Tensor]:
-    """Full weights after two steps on a simulated mesh."""
-    data = problem(
-        SHAPES, 2, torch.float64
-    )  # before the mode begins: inside it each rank would draw for itself
+def simulated_steps(name: str, where: Layout, data: Problem) -> list[Tensor]:
+    """Full weights after a step for each gradient of ``data``, drawn beforehand: inside each rank would draw anew."""
     torch.distributed.init_process_group("fake", rank=0, world_size=where.world, store=FakeStore())
     try:
         with LocalTensorMode(where.world):

@@ -5,19 +5,29 @@ from __future__ import annotations
 import pytest
 
 from tests.dtensor.layouts import Layout, layout
-from tests.dtensor.programs import SHAPES, run_steps
+from tests.dtensor.programs import SHAPES, problem, run_steps
 from tests.dtensor.simulation import simulated_steps
 
-SIMULATED = [
-    layout(text)
-    for text in ("64 S0", "8x8 S0 S1", "8x8 T0 S0", "4x4x4 R S0 S1", "2x32 R S0", "2x4x8 R T0 S0")
-]
+FEW = ((13, 10), (13, 10), (5, 12))
+SAMPLE = [layout(text) for text in ("8x8 T0 S0", "4x4x4 R S0 S1")]
+SWEEP = [layout(text) for text in ("64 S0", "8x8 S0 S1", "2x32 R S0", "2x4x8 R T0 S0", "2x2x4x4 R S0 S1 S0")]
+
+
+def check(where: Layout, name: str, shapes: tuple[tuple[int, int], ...]) -> None:
+    data = problem(shapes, 2)
+    expected = run_steps(name, None, data=data, compile=False)["weight"]
+    for weight, whole in zip(simulated_steps(name, where, data), expected, strict=True):
+        assert float((weight - whole).norm() / whole.norm()) < (1e-14 if name == "muon" else 1e-11)
 
 
 @pytest.mark.parametrize("name", ["muon", "dion"])
-@pytest.mark.parametrize("where", SIMULATED, ids=str)
+@pytest.mark.parametrize("where", SAMPLE, ids=str)
 def test_large_meshes_agree_with_one_device(where: Layout, name: str) -> None:
-    expected = run_steps(name, None, SHAPES, compile=False)
-    for index, weight in enumerate(simulated_steps(name, where)):
-        bound = 1e-14 if name == "muon" else 1e-11
-        assert float((weight - expected["weight"][index]).norm() / expected["weight"][index].norm()) < bound
+    check(where, name, FEW)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["muon", "dion"])
+@pytest.mark.parametrize("where", SAMPLE + SWEEP, ids=str)
+def test_large_meshes_agree_with_one_device_on_all_shapes(where: Layout, name: str) -> None:
+    check(where, name, SHAPES)
