@@ -13,9 +13,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
+from torch.distributed.tensor import DTensor, Partial, Placement
 
-from dion_dtensor.layout import StorageLayout, compute_placements, move_shard, shard_dim
+from dion_dtensor import placements as algebra
+from dion_dtensor.layout import StorageLayout, compute_placements
 
 __all__ = [
     "agreed_maximum",
@@ -47,7 +48,7 @@ def on_whole_matrices(function: Callable[..., Tensor], stack: Tensor, *others: T
     if not isinstance(stack, DTensor):
         return function(stack, *others)
     mesh, count = stack.device_mesh, stack.shape[0]
-    storage = [Replicate() if isinstance(p, Partial) else p for p in stack.placements]
+    storage = algebra.of_reduced(stack.placements)
     target, ranks = compute_placements(mesh, stack.placements, count)
     padding = -count % ranks
 
@@ -68,18 +69,14 @@ def whole_dim(tensor: Tensor, dim: int) -> Tensor:
     """``tensor`` with ``dim`` assembled on every rank (all-gather over the axes that shard it); the rest stays."""
     if not isinstance(tensor, DTensor):
         return tensor
-    dim %= tensor.ndim
-    placements = [Replicate() if shard_dim(p) == dim else p for p in tensor.placements]
-    return tensor.redistribute(placements=placements)
+    return tensor.redistribute(placements=algebra.of_whole_dim(tensor.placements, dim % tensor.ndim))
 
 
 def reduced(tensor: Tensor) -> Tensor:
     """``tensor`` with every pending reduction done (all-reduce over its ``Partial`` axes)."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.redistribute(
-        placements=[Replicate() if isinstance(p, Partial) else p for p in tensor.placements]
-    )
+    return tensor.redistribute(placements=algebra.of_reduced(tensor.placements))
 
 
 def own_shard(tensor: Tensor, layout: StorageLayout) -> Tensor:
@@ -92,7 +89,7 @@ def own_shard(tensor: Tensor, layout: StorageLayout) -> Tensor:
         return tensor
     if not isinstance(tensor, DTensor):
         raise TypeError(f"a plain tensor was given where a DTensor as {layout.describe()} is needed")
-    if tuple(tensor.placements) != layout.placements:
+    if not algebra.same(tensor.placements, layout.placements):
         tensor = tensor.redistribute(placements=layout.placements)
     return tensor.to_local()
 
@@ -119,13 +116,9 @@ def elementwise(function: Callable[..., Tensor], stack: Tensor, *others: Tensor)
         return function(stack, *others)
     for other in others:
         if isinstance(other, DTensor):
-            for ours, theirs in zip(stack.placements, other.placements, strict=True):
-                dim = shard_dim(ours)
-                broadcast = dim is not None and other.shape[dim] == 1 and isinstance(theirs, Replicate)
-                if ours != theirs and not broadcast:
-                    raise ValueError(
-                        f"elementwise on stacks placed {stack.placements} and {other.placements}"
-                    )
+            whole = tuple(dim for dim, size in enumerate(other.shape) if size == 1)
+            if not algebra.suit(stack.placements, other.placements, whole):
+                raise ValueError(f"elementwise on stacks placed {stack.placements} and {other.placements}")
     local = function(stack.to_local(), *(o.to_local() if isinstance(o, DTensor) else o for o in others))
     return _from_local(local, stack.device_mesh, stack.placements, tuple(stack.shape))
 
@@ -134,8 +127,8 @@ def norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:
     """2-norms over whole ``dims``, which stay with size one (all-reduce over the axes that shard them)."""
     if not isinstance(stack, DTensor):
         return stack.square().sum(dims, keepdim=True).sqrt()
-    summed = {dim % stack.ndim for dim in dims}
-    placements = [Partial("sum") if shard_dim(p) in summed else p for p in stack.placements]
+    summed = tuple(dim % stack.ndim for dim in dims)
+    placements = algebra.of_norm(stack.placements, summed)
     shape = tuple(1 if dim in summed else size for dim, size in enumerate(stack.shape))
     squares = stack.to_local().square().sum(dims, keepdim=True)
     return elementwise(torch.sqrt, reduced(_from_local(squares, stack.device_mesh, placements, shape)))
@@ -145,7 +138,7 @@ def transposed(stack: Tensor) -> Tensor:
     """``[N, n, m]`` of ``[N, m, n]``, where it lies."""
     if not isinstance(stack, DTensor):
         return stack.mT
-    placements = [move_shard(p, 3 - dim) if (dim := shard_dim(p)) else p for p in stack.placements]
+    placements = algebra.of_transposed(stack.placements)
     shape = (stack.shape[0], stack.shape[2], stack.shape[1])
     return _from_local(stack.to_local().mT, stack.device_mesh, placements, shape)
 
@@ -161,22 +154,9 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     """
     if not isinstance(left, DTensor) or not isinstance(right, DTensor):
         return left @ right
-    placements = [_product_placement(a, b) for a, b in zip(left.placements, right.placements, strict=True)]
+    placements = algebra.of_product(left.placements, right.placements)
     shape = (*left.shape[:-1], right.shape[-1])
     return _from_local(left.to_local() @ right.to_local(), left.device_mesh, placements, shape)
-
-
-def _product_placement(left: Placement, right: Placement) -> Placement:
-    rows, columns = shard_dim(left) == 1, shard_dim(right) == 2
-    if shard_dim(left) == 2 and right == move_shard(left, 1):
-        return Partial("sum")
-    if isinstance(right, Replicate) and (rows or isinstance(left, Replicate | Partial)):
-        return left
-    if isinstance(left, Replicate) and (columns or isinstance(right, Partial)):
-        return right
-    raise ValueError(
-        f"a product of stacks placed {left} and {right} on one axis needs one of them assembled first"
-    )
 
 
 def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:

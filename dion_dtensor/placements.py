@@ -1,0 +1,88 @@
+"""What becomes of placements: the algebra behind the verbs of ``assembly``.  Nothing here communicates.
+
+Each function is a constant under ``torch.compile``: placements are fixed when a bucket is compiled, and Dynamo cannot
+look into a ``_StridedShard``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+from torch.distributed.tensor import Partial, Placement, Replicate
+
+from dion_dtensor.layout import move_shard, shard_dim
+
+__all__ = ["of_norm", "of_product", "of_reduced", "of_transposed", "of_whole_dim", "same", "suit"]
+
+Placements = tuple[Placement, ...]
+Arguments = ParamSpec("Arguments")
+Result = TypeVar("Result")
+
+
+def constant(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
+    """Let Dynamo call ``function`` when it traces, and take the result as it is."""
+    marked: Callable[Arguments, Result] = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
+    return marked
+
+
+@constant
+def same(left: Placements, right: Placements) -> bool:
+    """Whether two tensors on one mesh lie alike."""
+    return left == right
+
+
+@constant
+def suit(placements: Placements, others: Placements, whole: tuple[int, ...]) -> bool:
+    """Whether a tensor may be combined with another elementwise, whose dims ``whole`` have size one."""
+    return all(
+        ours == theirs or (shard_dim(ours) in whole and isinstance(theirs, Replicate))
+        for ours, theirs in zip(placements, others, strict=True)
+    )
+
+
+@constant
+def of_reduced(placements: Placements) -> Placements:
+    """``Partial`` reduced to ``Replicate``."""
+    return tuple(Replicate() if isinstance(p, Partial) else p for p in placements)
+
+
+@constant
+def of_whole_dim(placements: Placements, dim: int) -> Placements:
+    """``dim`` assembled on every rank."""
+    return tuple(Replicate() if shard_dim(p) == dim else p for p in placements)
+
+
+@constant
+def of_norm(placements: Placements, dims: tuple[int, ...]) -> Placements:
+    """Sums over ``dims`` of each shard."""
+    return tuple(Partial("sum") if shard_dim(p) in dims else p for p in placements)
+
+
+@constant
+def of_transposed(placements: Placements) -> Placements:
+    """A stack ``[N, m, n]`` seen as ``[N, n, m]``."""
+    return tuple(move_shard(p, 3 - dim) if (dim := shard_dim(p)) else p for p in placements)
+
+
+@constant
+def of_product(left: Placements, right: Placements) -> Placements:
+    """The product of stacks ``[N, m, k]`` and ``[N, k, n]``, shard by shard.
+
+    Raises:
+        ValueError: an axis on which the shards do not meet.
+    """
+    return tuple(_of_product(a, b) for a, b in zip(left, right, strict=True))
+
+
+def _of_product(left: Placement, right: Placement) -> Placement:
+    if shard_dim(left) == 2 and right == move_shard(left, 1):
+        return Partial("sum")
+    if isinstance(right, Replicate) and (shard_dim(left) == 1 or isinstance(left, Replicate)):
+        return left
+    if isinstance(left, Replicate) and shard_dim(right) == 2:
+        return right
+    raise ValueError(
+        f"a product of stacks placed {left} and {right} on one axis needs one of them assembled first"
+    )
