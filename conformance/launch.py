@@ -280,10 +280,12 @@ def _local_rank(
         os._exit(1)  # an orderly exit could wait for ranks that are gone
 
 
-def one_line(error: BaseException) -> str:
-    """`Type: message`, first line of the message only."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def one_line(error: BaseException, limit: int = 600) -> str:
+    """`Type: message`, the message's lines joined and cut at `limit` characters."""
+    message = " ".join(str(error).split())
+    if len(message) > limit:
+        message = f"{message[:limit]} ..."
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
 def _leave_with_parent(lifeline: Connection) -> None:

@@ -71,7 +71,7 @@ def forget_mesh_hash() -> None:
         state: dict[str, Any] = original(mesh)
         return {**state, "_hash": None}
 
-    DeviceMesh.__getstate__ = without_hash  # type: ignore[method-assign]
+    DeviceMesh.__getstate__ = without_hash  # type: ignore[assignment, method-assign]
 
 
 def make_optimizer(

@@ -14,6 +14,7 @@ from matplotlib import pyplot as plt
 from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from conformance.job.grading import Series
 from conformance.job.results import SIMULATED, TRAINED, Row
@@ -57,13 +58,18 @@ def errors_by_step(rows: Sequence[Row]) -> Figure:
         _error_panel(axes, row)
     for axes in grid[-1]:
         axes.set_xlabel("step")
+    for axes in grid.flat:
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     for line in grid:
         line[0].set_ylabel("relative error of the update")
     handles: dict[str, Artist] = {}
     for axes in grid.flat:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
             handles.setdefault(str(label), handle)
-    figure.legend(list(handles.values()), list(handles), loc="outside upper center", ncols=4, frameon=False)
+    columns = {1: 1, 2: 2}.get(len(dtypes), 4)
+    figure.legend(
+        list(handles.values()), list(handles), loc="outside upper center", ncols=columns, frameon=False
+    )
     return figure
 
 
@@ -118,6 +124,7 @@ def losses_by_step(rows: Sequence[Row]) -> Figure:
         for row in (row for row in rows if row.dtype == dtype):
             steps = range(1, len(row.losses) + 1)
             axes.plot(steps, row.losses, lw=1.6, color=COLORS.get(row.optimizer), label=row.optimizer)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_title(dtype, fontsize=10, loc="left")
         axes.set_xlabel("step")
         axes.grid(True, color="#e6e6e6", lw=0.6)
