@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from dion_dtensor import Dion, Muon
 from tests.dtensor.layouts import Layout, build_mesh, lay_out
-
-OPTIMIZERS: dict[str, Callable[..., Any]] = {"muon": Muon, "dion": Dion}
 
 # Uneven on every axis, two orientations, more and fewer matrices than ranks, dims smaller than an axis.
 SHAPES = (
@@ -51,17 +50,21 @@ def run_steps(
     dtype: torch.dtype = torch.float64,
     data: Problem | None = None,
     **options: Any,
-) -> dict[str, list[Tensor]]:
-    """Full weights and state after ``steps``; on one device if ``layout`` is None."""
+) -> dict[str, list[Tensor]] | None:
+    """Full weights and state after ``steps``; on one device if ``layout`` is None; None on ranks outside the mesh."""
     weights, gradients = data or problem(shapes, steps, dtype)
     mesh = None if layout is None else build_mesh(layout)
+    if mesh is not None and mesh.get_coordinate() is None:
+        return None
 
     def laid(tensor: Tensor) -> Tensor:
         return tensor.clone() if mesh is None or layout is None else lay_out(tensor, layout, mesh)
 
     parameters = [torch.nn.Parameter(laid(weight)) for weight in weights]
     named = [(f"w{index}", parameter) for index, parameter in enumerate(parameters)]
-    optimizer = OPTIMIZERS[name](named, lr=0.05, weight_decay=0.1, **options)
+    optimizer = (Dion if name == "dion" else Muon)(
+        [{"params": named, "algorithm": name}], lr=0.05, weight_decay=0.1, **options
+    )
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = laid(gradient)
@@ -71,7 +74,7 @@ def run_steps(
 
     def full(tensor: Tensor) -> Tensor:
         tensor = tensor.detach()
-        return tensor.clone() if mesh is None else tensor.full_tensor()  # type: ignore[attr-defined]
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
     result = {"weight": [full(parameter) for parameter in parameters]}
     for key in optimizer.state[parameters[0]]:
@@ -79,6 +82,8 @@ def run_steps(
     return result
 
 
-def run_steps_with(name: str, layout: Layout | None, options: dict[str, Any]) -> dict[str, list[Tensor]]:
+def run_steps_with(
+    name: str, layout: Layout | None, options: dict[str, Any]
+) -> dict[str, list[Tensor]] | None:
     """``run_steps`` with its options in a dict, as it travels through a pipe."""
     return run_steps(name, layout, **options)

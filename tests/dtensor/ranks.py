@@ -59,7 +59,11 @@ class Ranks:
             self.processes.append(process)
 
     def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """The results by rank; raises RuntimeError naming the ranks that raised or died."""
+        """The results of the ranks that take part (do not return None), by rank.
+
+        Raises:
+            RuntimeError: names the ranks that raised or died.
+        """
         for pipe in self.pipes:
             pipe.send((function, arguments))
         results, problems = [], []
@@ -74,7 +78,7 @@ class Ranks:
             (results if good else problems).append(value if good else f"rank {rank}: {value}")
         if problems:
             raise RuntimeError("\n".join(problems))
-        return results
+        return [result for result in results if result is not None]
 
     def close(self) -> None:
         for pipe in self.pipes:

@@ -17,6 +17,7 @@ def simulated_steps(name: str, where: Layout, data: Problem) -> list[Tensor]:
     try:
         with LocalTensorMode(where.world):
             result = run_steps(name, where, data=data, compile=False)
+            assert result is not None
             return [w.reconcile() if isinstance(w, LocalTensor) else w for w in result["weight"]]
     finally:
         torch.distributed.destroy_process_group()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -15,7 +14,7 @@ from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
 
 pytestmark = pytest.mark.xdist_group("ranks")
-COMPILED_SHAPES = ((13, 10), (13, 10), (13, 10), (5, 12))
+COMPILED_SHAPES = ((13, 10), (13, 10), (13, 10), (5, 12))  # two graphs
 COMPILED = [layout(text) for text in ("2x2 T0 S0", "2x2 S0 S1", "2x2 R S0", "4 S0")]
 
 
@@ -25,6 +24,7 @@ def on_one_device(name: str, small: bool) -> dict[str, list[Tensor]]:
     torch.set_num_threads(1)
     options: dict[str, Any] = {"shapes": COMPILED_SHAPES} if small else {}
     result = run_steps(name, None, compile=False, **options)
+    assert result is not None
     torch.set_num_threads(threads)
     return result
 
@@ -38,19 +38,19 @@ def up_to_sign(ours: Tensor, theirs: Tensor) -> Tensor:
     return ours * (ours * theirs).sum(0, keepdim=True).sign()
 
 
-@pytest.mark.parametrize("where", sorted(LAYOUTS, key=lambda one: one.world), ids=str)
-def test_muon_is_bitwise_that_of_one_device(ranks: Callable[[int], Ranks], where: Layout) -> None:
+@pytest.mark.parametrize("where", LAYOUTS, ids=str)
+def test_muon_is_bitwise_that_of_one_device(ranks: Ranks, where: Layout) -> None:
     expected = on_one_device("muon", False)
-    for result in ranks(where.world).run(run_steps_with, "muon", where, {"compile": False}):
+    for result in ranks.run(run_steps_with, "muon", where, {"compile": False}):
         for key, values in expected.items():
             for index, value in enumerate(values):
                 assert torch.equal(result[key][index], value), (key, index)
 
 
-@pytest.mark.parametrize("where", sorted(LAYOUTS, key=lambda one: one.world), ids=str)
-def test_dion_is_that_of_one_device(ranks: Callable[[int], Ranks], where: Layout) -> None:
+@pytest.mark.parametrize("where", LAYOUTS, ids=str)
+def test_dion_is_that_of_one_device(ranks: Ranks, where: Layout) -> None:
     expected = on_one_device("dion", False)
-    for result in ranks(where.world).run(run_steps_with, "dion", where, {"compile": False}):
+    for result in ranks.run(run_steps_with, "dion", where, {"compile": False}):
         for index, weight in enumerate(expected["weight"]):
             assert error(result["weight"][index], weight) < 1e-11
             assert error(result["momentum"][index], expected["momentum"][index]) < 1e-11
@@ -58,12 +58,23 @@ def test_dion_is_that_of_one_device(ranks: Callable[[int], Ranks], where: Layout
             assert error(up_to_sign(result["Q"][index], Q), Q) < 1e-11
 
 
+@pytest.mark.parametrize("name", ["adamw", "lion"])
+@pytest.mark.parametrize("where", COMPILED, ids=str)
+def test_elementwise_rules_are_bitwise_those_of_one_device(ranks: Ranks, where: Layout, name: str) -> None:
+    expected = on_one_device(name, False)
+    results = ranks.run(run_steps_with, name, where, {"compile": False})
+    assert len(results) == where.world
+    for result in results:
+        for key, values in expected.items():
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(result[key], values, strict=True))
+
+
 @pytest.mark.parametrize("name", ["muon", "dion"])
 @pytest.mark.parametrize("where", COMPILED, ids=str)
-def test_compiled_agrees(ranks: Callable[[int], Ranks], where: Layout, name: str) -> None:
+def test_compiled_agrees(ranks: Ranks, where: Layout, name: str) -> None:
     expected = on_one_device(name, True)
     options = {"compile": True, "shapes": COMPILED_SHAPES}
-    for result in ranks(where.world).run(run_steps_with, name, where, options):
+    for result in ranks.run(run_steps_with, name, where, options):
         for index, weight in enumerate(expected["weight"]):
             assert error(result["weight"][index], weight) < (1e-14 if name == "muon" else 1e-11)
 
@@ -71,5 +82,5 @@ def test_compiled_agrees(ranks: Callable[[int], Ranks], where: Layout, name: str
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["muon", "dion"])
 @pytest.mark.parametrize("where", [one for one in LAYOUTS if one not in COMPILED], ids=str)
-def test_compiled_agrees_everywhere(ranks: Callable[[int], Ranks], where: Layout, name: str) -> None:
+def test_compiled_agrees_everywhere(ranks: Ranks, where: Layout, name: str) -> None:
     test_compiled_agrees(ranks, where, name)

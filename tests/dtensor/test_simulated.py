@@ -15,8 +15,9 @@ SWEEP = [layout(text) for text in ("64 S0", "8x8 S0 S1", "2x32 R S0", "2x4x8 R T
 
 def check(where: Layout, name: str, shapes: tuple[tuple[int, int], ...]) -> None:
     data = problem(shapes, 2)
-    expected = run_steps(name, None, data=data, compile=False)["weight"]
-    for weight, whole in zip(simulated_steps(name, where, data), expected, strict=True):
+    expected = run_steps(name, None, data=data, compile=False)
+    assert expected is not None
+    for weight, whole in zip(simulated_steps(name, where, data), expected["weight"], strict=True):
         assert float((weight - whole).norm() / whole.norm()) < (1e-14 if name == "muon" else 1e-11)
 
 

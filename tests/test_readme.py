@@ -1,0 +1,38 @@
+"""The README's Python runs as it stands, and it names only commands that exist."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+
+
+@pytest.mark.parametrize("index", range(2))
+def test_python_blocks_run(index: int) -> None:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", BLOCKS[index]], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr
+    assert ("orthonormalized" if index == 0 else "relative error") in result.stdout
+
+
+def test_every_block_is_covered() -> None:
+    assert len(BLOCKS) == 2
+
+
+@pytest.mark.parametrize("command", sorted(set(re.findall(r"ci/\w+", README))))
+def test_commands_exist(command: str) -> None:
+    assert os.access(ROOT / command, os.X_OK)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
+def test_links_lead_somewhere(link: str) -> None:
+    assert (ROOT / link).exists()
