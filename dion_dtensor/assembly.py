@@ -124,14 +124,20 @@ def elementwise(function: Callable[..., Tensor], stack: Tensor, *others: Tensor)
 
 
 def norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:
-    """2-norms over whole ``dims``, which stay with size one (all-reduce over the axes that shard them)."""
+    """2-norms over whole ``dims``, which stay with size one (all-reduce over the axes that shard them).
+
+    Summed in float64, where the squares of float32 numbers neither overflow nor vanish; returned in the dtype of
+    ``stack``.
+    """
     if not isinstance(stack, DTensor):
-        return stack.square().sum(dims, keepdim=True).sqrt()
+        whole: Tensor = torch.linalg.vector_norm(stack, dim=dims, keepdim=True, dtype=torch.float64)
+        return whole.to(stack.dtype)
     summed = tuple(dim % stack.ndim for dim in dims)
     placements = algebra.of_norm(stack.placements, summed)
     shape = tuple(1 if dim in summed else size for dim, size in enumerate(stack.shape))
-    squares = stack.to_local().square().sum(dims, keepdim=True)
-    return elementwise(torch.sqrt, reduced(_from_local(squares, stack.device_mesh, placements, shape)))
+    squares = torch.linalg.vector_norm(stack.to_local(), dim=dims, keepdim=True, dtype=torch.float64).square()
+    total = reduced(_from_local(squares, stack.device_mesh, placements, shape))
+    return elementwise(lambda values: values.sqrt().to(stack.dtype), total)
 
 
 def transposed(stack: Tensor) -> Tensor:

@@ -26,12 +26,12 @@ __all__ = ["Bucket", "Member", "make_buckets"]
 
 @dataclass(eq=False)
 class Member:
-    """A parameter in a bucket: its fully qualified name, its layout, and its slice of the bucket's state."""
+    """A parameter in a bucket: its fully qualified name, its layout, and views of its slice of the bucket's state."""
 
     name: str
     parameter: Tensor
     layout: StorageLayout
-    states: dict[str, Tensor] = field(default_factory=dict)
+    views: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def local(self) -> Tensor:
@@ -87,16 +87,16 @@ class Bucket:
         self.stacks = {name: self._initial_stack(spec, seed) for name, spec in self.specs.items()}
         for member in self.members:
             if rule.counts_steps:
-                member.states["step"] = torch.zeros((), dtype=torch.float32)
+                member.views["step"] = torch.zeros((), dtype=torch.float32)
         self._views = {name: self._split(stack, name, self.members) for name, stack in self.stacks.items()}
         for name, views in self._views.items():
             for member, view in zip(self.members, views, strict=True):
-                member.states[name] = self._state_layout(member, name).wrap(view)
+                member.views[name] = self._state_layout(member, name).wrap(view)
 
     @property
     def scale(self) -> float:
         """The factor on the learning rate."""
-        return scale_factor(self.group["scale"], self.shape)
+        return scale_factor(self.group.get("scale"), self.shape)
 
     def step(self, members: Sequence[Member], grads: Sequence[Tensor]) -> None:
         """Step ``members`` (all of the bucket, or those that have a gradient) with their ``grads``."""
@@ -104,7 +104,7 @@ class Bucket:
             return self._step(members, grads, None)
         counts: dict[float, list[int]] = {}
         for index, member in enumerate(members):
-            counts.setdefault(float(member.states["step"].add_(1)), []).append(index)
+            counts.setdefault(float(member.views["step"].add_(1)), []).append(index)
         for count, indices in counts.items():  # one turn, unless some member was skipped before
             self._step([members[i] for i in indices], [grads[i] for i in indices], count)
         return None
@@ -118,7 +118,7 @@ class Bucket:
         if not every:
             for name, stack in stacks.items():
                 for member, slice_ in zip(members, self._split(stack, name, members), strict=True):
-                    local_of(member.states[name]).copy_(slice_)
+                    local_of(member.views[name]).copy_(slice_)
         self._apply(members, self._split(updates, None, members), scalars["decay"])
 
     def _apply(self, members: Sequence[Member], updates: Sequence[Tensor], decay: Tensor) -> None:
@@ -136,7 +136,9 @@ class Bucket:
         """The hyperparameters of this step in 0-d tensors that live as long as the bucket, so nothing recompiles."""
         group = self.group
         values = {name: group[name] for name in self.rule.scalars} | {"lr": group["lr"]}
-        values["decay"] = 1 - group["lr"] * group["weight_decay"]
+        # In float64, whatever the dtype of a tensor lr: 1 - lr * weight_decay is close to one.
+        lr = group["lr"].double() if isinstance(group["lr"], Tensor) else group["lr"]
+        values["decay"] = 1 - lr * group["weight_decay"]
         if count is not None:
             values["step"] = count
         for name, value in values.items():
@@ -146,13 +148,14 @@ class Bucket:
                 self._scalars[name] = cells if isinstance(value, tuple | list) else cells[0]
             stored = self._scalars[name]
             for cell, part in zip(stored if isinstance(stored, tuple) else (stored,), parts, strict=True):
-                cell.copy_(part) if isinstance(part, Tensor) else cell.fill_(part)
+                cell.copy_(part.reshape(())) if isinstance(part, Tensor) else cell.fill_(part)
         return self._scalars
 
     def _plan(self, count: int) -> Plan:
         group, rule = self.group, self.rule
         fields = rule.hyper._fields  # type: ignore[attr-defined]
-        fixed = {"compute_dtype": self.compute_dtype} | dict(group) | rule.prepare(self.shape, group)
+        own = {name: group[name] for name in rule.defaults}
+        fixed = own | {"compute_dtype": self.compute_dtype} | rule.prepare(self.shape, group)
         hyper = tuple((name, fixed[name]) for name in fields if name not in rule.scalars)
         layout = None if rule.elementwise else self.members[0].layout.stacked(count)
         states = tuple(
@@ -198,7 +201,7 @@ class Bucket:
         return tensors[0].unsqueeze(0).contiguous() if len(tensors) == 1 else torch.stack(list(tensors))
 
     def _joined(self, name: str, members: Sequence[Member]) -> Tensor:
-        return self._join([local_of(member.states[name]) for member in members]).clone()
+        return self._join([local_of(member.views[name]) for member in members]).clone()
 
     def _split(self, stack: Tensor, name: str | None, members: Sequence[Member]) -> list[Tensor]:
         """Views of a local stack, one a member."""

@@ -15,7 +15,7 @@ from dion_dtensor.layout import StorageLayout, has_partial
 
 __all__ = ["checked_gradients"]
 
-MISSING, FINE, NOT_FINITE, MISLAID = 0.0, 1.0, 2.0, 3.0
+MISSING, FINE, PARTIAL, NOT_FINITE, MISLAID, SPARSE = range(6)
 
 
 def checked_gradients(
@@ -25,85 +25,97 @@ def checked_gradients(
 
     Args:
         buckets: of the optimizer.
-        validate: let all ranks of each mesh agree first; otherwise the gradients are taken as they are.
+        validate: let all ranks of all meshes agree first; otherwise the gradients are taken as they are.
 
     Raises:
-        RuntimeError: on all ranks of the mesh alike, naming each unfit gradient's parameter and what is wrong.
+        RuntimeError: on all ranks alike, naming each unfit gradient's parameter and what is wrong.
     """
-    members = [member for bucket in buckets for member in bucket.members]
     if validate:
-        by_mesh: dict[DeviceMesh | None, list[Member]] = {}
-        for member in members:
-            by_mesh.setdefault(member.layout.mesh, []).append(member)
-        problems = [text for mesh, same in by_mesh.items() for text in _problems(same, mesh)]
+        problems = _problems([member for bucket in buckets for member in bucket.members])
         if problems:
             raise RuntimeError("no parameter was changed by this step:\n" + "\n".join(problems))
     work = []
     for bucket in buckets:
-        present = [member for member in bucket.members if member.parameter.grad is not None]
-        if present:
-            work.append((bucket, present, [_local_gradient(member) for member in present]))
+        members, grads = [], []
+        for member in bucket.members:
+            if member.parameter.grad is not None:
+                members.append(member)
+                grads.append(own_shard(member.parameter.grad, member.layout))
+        if members:
+            work.append((bucket, members, grads))
     return work
 
 
-def _local_gradient(member: Member) -> Tensor:
-    grad = member.parameter.grad
-    assert grad is not None
-    return own_shard(grad, member.layout)
-
-
-def _problems(members: Sequence[Member], mesh: DeviceMesh | None) -> list[str]:
-    codes = torch.tensor([_code(member) for member in members], device=members[0].layout.device)
-    codes = torch.where(codes == FINE, _finite_codes(members), codes)
-    largest = codes
-    smallest = codes
-    if mesh is not None:
-        both = agreed_maximum(torch.cat((codes, -codes)), mesh)
-        largest, smallest = both[: len(members)], -both[len(members) :]
+def _problems(members: Sequence[Member]) -> list[str]:
+    """What is wrong with each parameter's gradient on any rank; the same list on every rank."""
+    mine = _codes(members)
+    both = torch.tensor([*mine, *(-code for code in mine)])
+    meshes = _meshes(members)
+    # Parameters may lie on several meshes: what one of them learns is carried to the ranks of the next.
+    for mesh in meshes * len(meshes):
+        both = agreed_maximum(both.to(mesh.device_type), mesh)
+    agreed = both.tolist()
+    largest, smallest = agreed[: len(members)], [-code for code in agreed[len(members) :]]
     texts = []
-    for member, high, low in zip(members, largest.tolist(), smallest.tolist(), strict=True):
-        where = f"{member.name} ({member.layout.describe()})"
-        if high == MISLAID:
-            texts.append(
-                f"  {where}: the gradient does not lie as its parameter does{_mislaid(member)}; redistribute it"
-            )
+    for member, own, high, low in zip(members, mine, largest, smallest, strict=True):
+        where = f"  {member.name} ({member.layout.describe()}): the gradient"
+        if high == SPARSE:
+            texts.append(f"{where} is sparse; make it dense")
+        elif high == MISLAID:
+            grad = member.parameter.grad
+            here = f" ({StorageLayout.of(grad).describe()})" if own == MISLAID and grad is not None else ""
+            texts.append(f"{where} does not lie as its parameter does{here}; redistribute it")
         elif high == NOT_FINITE:
-            texts.append(f"  {where}: the gradient has NaN or inf; skip this step or lower the learning rate")
+            texts.append(f"{where} has NaN or inf; skip this step or lower the learning rate")
+        elif low == MISSING != high:
+            texts.append(f"{where} is missing on some ranks only; set it to zeros there, or to None on all")
         elif low != high:
-            texts.append(
-                f"  {where}: the gradient is missing on some ranks only; set it to zeros there, or to None on all"
-            )
+            texts.append(f"{where} is Partial on some ranks only; redistribute it")
     return texts
 
 
-def _mislaid(member: Member) -> str:
-    grad = member.parameter.grad
-    return f" ({StorageLayout.of(grad).describe()})" if grad is not None and _code(member) == MISLAID else ""
+def _meshes(members: Sequence[Member]) -> list[DeviceMesh]:
+    """The meshes of the parameters, in an order that all ranks share; one alone if it has the ranks of all."""
+    meshes = list(dict.fromkeys(member.layout.mesh for member in members if member.layout.mesh is not None))
+    ranks = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]
+    for mesh, own in zip(meshes, ranks, strict=True):
+        if all(other <= own for other in ranks):
+            return [mesh]
+    return meshes
 
 
-def _code(member: Member) -> float:
-    grad = member.parameter.grad
+def _codes(members: Sequence[Member]) -> list[int]:
+    """This rank's view of each gradient."""
+    codes = [_layout_code(member) for member in members]
+    alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for index, member in enumerate(members):
+        if codes[index] in (FINE, PARTIAL):
+            grad = member.parameter.grad
+            assert grad is not None
+            alike.setdefault((grad.dtype, grad.device), []).append(index)
+    for (dtype, _), indices in alike.items():
+        grads = [local_of(members[i].parameter.grad).detach() for i in indices]  # type: ignore[arg-type]
+        wide = torch.promote_types(torch.float32, dtype)  # a float16 sum would overflow
+        sums = torch.stack(torch._foreach_norm(grads, ord=1, dtype=wide))
+        for index, grad, fine in zip(indices, grads, sums.isfinite().tolist(), strict=True):
+            if not fine and not bool(grad.isfinite().all()):  # the sum of huge numbers overflows too
+                codes[index] = NOT_FINITE
+    return codes
+
+
+def _layout_code(member: Member) -> int:
+    grad, layout = member.parameter.grad, member.layout
     if grad is None:
         return MISSING
-    layout = member.layout
-    if grad.is_sparse or isinstance(grad, DTensor) != (layout.mesh is not None):
+    if grad.is_sparse:
+        return SPARSE
+    if isinstance(grad, DTensor) != (layout.mesh is not None):
         return MISLAID
     if isinstance(grad, DTensor):
-        same = grad.device_mesh == layout.mesh and tuple(grad.placements) == layout.placements
-        if not same and not (grad.device_mesh == layout.mesh and has_partial(grad.placements)):
+        if grad.device_mesh != layout.mesh:
+            return MISLAID
+        if has_partial(grad.placements):
+            return PARTIAL
+        if tuple(grad.placements) != layout.placements:
             return MISLAID
     return FINE
-
-
-def _finite_codes(members: Sequence[Member]) -> Tensor:
-    """FINE or NOT_FINITE a member, by the sum of absolute values of its local gradient (zero if empty)."""
-    device = members[0].layout.device
-    codes = torch.full((len(members),), FINE, device=device)
-    grads = [member.parameter.grad for member in members]
-    usable = [index for index, grad in enumerate(grads) if grad is not None and not grad.is_sparse]
-    if usable:
-        local = [local_of(grads[index]).detach() for index in usable]  # type: ignore[arg-type]
-        wide = torch.promote_types(torch.float32, local[0].dtype)  # a float16 sum would overflow
-        finite = torch.stack(torch._foreach_norm(local, ord=1, dtype=wide)).isfinite()
-        codes[torch.tensor(usable, device=device)] = torch.where(finite, FINE, NOT_FINITE)
-    return codes

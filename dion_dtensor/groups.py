@@ -28,7 +28,7 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters: matrices to ``algorithm``, everything else to ``scalar``.
 
-    To ``scalar`` go embeddings and whatever is tied to one, the output head (a Linear whose name ends in "head", or is
+    To ``scalar`` go embeddings and whatever is tied to one, the output head (a Linear called "head" or "lm_head", or
     "output", "classifier" or "fc" at the top of the model), 0-D and 1-D parameters, parameters of more than two dims,
     and whatever ``exclude`` matches.  Works on plain, FSDP2- and TP-wrapped models.
 
@@ -44,17 +44,19 @@ def param_groups(
         Groups of ``(name, parameter)`` pairs with ``algorithm``, ``lr`` and ``reasons`` (by name).
 
     Raises:
-        ValueError: an unknown rule, or an ``exclude`` pattern that matches no parameter.
+        ValueError: an unknown rule, an ``exclude`` pattern that matches no parameter, or two parameters whose names
+            differ by wrappers only.
     """
     for argument, name in (("algorithm", algorithm), ("scalar", scalar)):
         if name not in RULES:
             raise ValueError(f"{argument}={name!r} is unknown; choose from {sorted(RULES)}")
     if not RULES[scalar].elementwise:
         raise ValueError(f"scalar={scalar!r} takes matrices only; choose an elementwise rule")
-    named = [(_plain_name(name), p) for name, p in model.named_parameters() if p.requires_grad]
+    every = _plain_names(model)
     for pattern in exclude:
-        if not any(re.search(pattern, name) for name, _ in named):
+        if not any(re.search(pattern, name) for name in every):
             raise ValueError(f"exclude pattern {pattern!r} matches no parameter of the model")
+    named = [(name, parameter) for name, parameter in every.items() if parameter.requires_grad]
     embeddings = {
         id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
     }
@@ -89,10 +91,17 @@ def param_groups(
     return groups
 
 
-def _plain_name(name: str) -> str:
+def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they have without wrappers."""
+    named = list(model.named_parameters())
     for prefix in WRAPPER_PREFIXES:
-        name = name.replace(prefix, "")
-    return name.removeprefix("module.")  # DistributedDataParallel
+        named = [(name.replace(prefix, ""), parameter) for name, parameter in named]
+    if all(name.startswith("module.") for name, _ in named):  # DistributedDataParallel
+        named = [(name.removeprefix("module."), parameter) for name, parameter in named]
+    plain = dict(named)
+    if len(plain) != len(named):
+        raise ValueError(f"without {WRAPPER_PREFIXES} two parameters of the model have the same name")
+    return plain
 
 
 def _heads(model: nn.Module) -> set[int]:
@@ -101,7 +110,7 @@ def _heads(model: nn.Module) -> set[int]:
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.Linear) and (
-            last.endswith("head") or name in ("output", "classifier", "fc")
+            last in ("head", "lm_head") or name in ("output", "classifier", "fc")
         ):
             found.add(id(module.weight))
     return found

@@ -7,14 +7,14 @@ from typing import Any, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from dion_dtensor.buckets import Bucket, Member, make_buckets
+from dion_dtensor.checks import check_group, check_member, check_options
 from dion_dtensor.gradients import checked_gradients
 from dion_dtensor.layout import StorageLayout
+from dion_dtensor.orthonormalize import resolve_polynomial
 from dion_dtensor.rules import RULES
-from dion_dtensor.scale import scale_factor
-from dion_dtensor.state import load_states
+from dion_dtensor.state import adopt, check_states, load_states
 
 __all__ = ["Dion", "Muon", "OrthonormalOptimizer"]
 
@@ -62,9 +62,17 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             "compute_dtype": compute_dtype,
             "compile": compile,
         }
+        check_options(compute_dtype, momentum_dtype)
         self.buckets: list[Bucket] = []
         defaults = {"lr": lr, "weight_decay": weight_decay, "cautious": cautious, "maximize": maximize}
         super().__init__(params, defaults)
+        followed = {group["algorithm"] for group in self.param_groups}
+        others = {name for name in followed if not RULES[name].elementwise and name != algorithm}
+        if algorithm not in followed and others:
+            raise ValueError(
+                f"no group follows {algorithm!r}, but some follow {sorted(others)}; give param_groups "
+                f"algorithm={algorithm!r}, or use the optimizer of that name"
+            )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group; its state exists from here on, on all ranks alike.
@@ -76,31 +84,33 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         name = group.setdefault("algorithm", self.algorithm)
         if name not in RULES:
             raise ValueError(f"algorithm={name!r} is unknown; choose from {sorted(RULES)}")
-        rule = RULES[name]
         own = self._algorithm_options if name == self.algorithm else {}
-        for key, default in rule.defaults.items():
+        for key, default in RULES[name].defaults.items():
             group.setdefault(key, own.get(key, default))
-        _check_group({**self.defaults, **group})
-        rule.check(group)
-        scale_factor(group["scale"], (1, 1))
+        check_group({**self.defaults, **group})
         super().add_param_group(group)
-        added = self.param_groups[-1]
         try:
-            names = added.get("param_names") or [
-                f"group {len(self.param_groups) - 1} parameter {index}"
-                for index in range(len(added["params"]))
-            ]
-            members = [Member(n, p, StorageLayout.of(p)) for n, p in zip(names, added["params"], strict=True)]
-            for member in members:
-                _check_member(member, rule.name, rule.elementwise)
+            self._add_buckets(self.param_groups[-1], len(self.param_groups) - 1)
         except Exception:
             self.param_groups.pop()
             raise
-        new = make_buckets(rule, added, members, self._bucket_options)
+
+    def _add_buckets(self, group: dict[str, Any], position: int) -> None:
+        rule = RULES[group["algorithm"]]
+        numbered = [f"group {position} parameter {index}" for index in range(len(group["params"]))]
+        names = group.get("param_names") or numbered
+        members = [Member(n, p, StorageLayout.of(p)) for n, p in zip(names, group["params"], strict=True)]
+        for member in members:
+            check_member(member, rule)
+        new = make_buckets(rule, group, members, self._bucket_options)
         self.buckets.extend(new)
-        for bucket in new:
-            for member in bucket.members:
-                self.state[member.parameter] = member.states
+        for member in members:
+            self.state[member.parameter] = dict(member.views)
+
+    def _members(self) -> list[Member]:
+        """In the order of the groups, which is that of a state dict."""
+        own = {id(member.parameter): member for bucket in self.buckets for member in bucket.members}
+        return [own[id(parameter)] for group in self.param_groups for parameter in group["params"]]
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -115,61 +125,83 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
-            RuntimeError: on every rank of the mesh, before anything is written, when a gradient is missing on some
+            RuntimeError: on every rank of all meshes, before anything is written, when a gradient is missing on some
                 ranks only, is not finite, or does not lie as its parameter does (with ``validate=True``).
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        adopt(self._members(), self.state)
         for bucket, members, grads in checked_gradients(self.buckets, self.validate):
             bucket.step(members, grads)
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load hyperparameters and state; the state is copied into place, in its own dtype.
+        """Load hyperparameters and state, all or nothing; the state is copied into place, in its own dtype.
 
         Raises:
-            ValueError: the state of another algorithm, shape or rank; the message names the parameter.
+            ValueError: groups of other sizes, or the state of another algorithm, shape or rank; the message names the
+                parameter.
         """
-        own = {id(member.parameter): member for bucket in self.buckets for member in bucket.members}
-        members = [own[id(p)] for group in self.param_groups for p in group["params"]]
-        indices = [index for group in state_dict["param_groups"] for index in group["params"]]
-        if len(indices) == len(members):  # otherwise the base class below says what differs
-            load_states(members, [state_dict["state"].get(index) for index in indices])
-        groups = [bucket.group for bucket in self.buckets]
-        positions = [next(i for i, g in enumerate(self.param_groups) if g is group) for group in groups]
-        super().load_state_dict({**state_dict, "state": {}})
-        for bucket, position in zip(self.buckets, positions, strict=True):
-            bucket.group = self.param_groups[position]
-            for member in bucket.members:
-                self.state[member.parameter] = member.states
+        loaded: list[Mapping[str, Any] | None] = []
 
+        # As hooks, so that those of the user meet the same state as with any other optimizer.
+        def before(optimizer: torch.optim.Optimizer, given: dict[str, Any]) -> dict[str, Any]:
+            sizes = [len(group["params"]) for group in given["param_groups"]]
+            if sizes != [len(group["params"]) for group in self.param_groups]:
+                return given  # the base class says what differs
+            groups = []
+            for own, group in zip(self.param_groups, given["param_groups"], strict=True):
+                if group.get("algorithm") != own["algorithm"]:
+                    first = next(m for m in self._members() if m.parameter is own["params"][0])
+                    raise ValueError(
+                        f"{first.name} ({first.layout.describe()}) and its group follow {own['algorithm']!r}; the "
+                        f"loaded group follows {group.get('algorithm')!r}"
+                    )
+                kept = {key: value for key, value in own.items() if key != "params"}
+                groups.append({**kept, **group})
+                check_group(groups[-1])
+            indices = [index for group in groups for index in group["params"]]
+            loaded.extend(given["state"].get(index) for index in indices)
+            check_states(self._members(), loaded)
+            return {**given, "param_groups": groups, "state": {}}
 
-def _check_group(group: Mapping[str, Any]) -> None:
-    if not float(group["lr"]) >= 0:
-        raise ValueError(f"lr={group['lr']} must not be negative")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay={group['weight_decay']} must not be negative")
-    if "epsilon" in group and not group["epsilon"] >= 0:
-        raise ValueError(f"epsilon={group['epsilon']} must not be negative")
+        def after(optimizer: torch.optim.Optimizer) -> None:
+            members, positions = self._members(), self._positions
+            load_states(members, loaded)
+            self.state.update({member.parameter: dict(member.views) for member in members})
+            for bucket, position in zip(self.buckets, positions, strict=True):
+                bucket.group = self.param_groups[position]
 
+        self._positions = [
+            next(i for i, group in enumerate(self.param_groups) if group is bucket.group)
+            for bucket in self.buckets
+        ]
+        handles = [
+            self.register_load_state_dict_pre_hook(before),
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
 
-def _check_member(member: Member, algorithm: str, elementwise: bool) -> None:
-    layout = member.layout
-    if not layout.dtype.is_floating_point:
-        raise ValueError(
-            f"{member.name} ({layout.describe()}): only real floating-point parameters can be stepped"
-        )
-    if isinstance(member.parameter, DTensor) and any(p.is_partial() for p in layout.placements):
-        raise ValueError(
-            f"{member.name} ({layout.describe()}): a parameter cannot be Partial; redistribute it"
-        )
-    if not elementwise and (len(layout.shape) != 2 or 0 in layout.shape):
-        raise ValueError(
-            f"{member.name} ({layout.describe()}): {algorithm} takes non-empty matrices [m, n]; give this parameter "
-            "to a group with algorithm='adamw' or 'lion' (param_groups does so)"
-        )
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("algorithm", "validate", "_algorithm_options", "_bucket_options")
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_bucket_options" not in state:  # load_state_dict comes by as well
+            return
+        states = dict(self.state)
+        self.buckets = []
+        for position, group in enumerate(self.param_groups):
+            self._add_buckets(group, position)
+        members = self._members()
+        load_states(members, [states[member.parameter] for member in members])
 
 
 class Muon(OrthonormalOptimizer):
@@ -222,7 +254,7 @@ class Muon(OrthonormalOptimizer):
         validate: bool = True,
     ) -> None:
         if not isinstance(polynomial, str):
-            polynomial = tuple((float(a), float(b), float(c)) for a, b, c in polynomial)
+            polynomial = resolve_polynomial(polynomial)
         options = {
             "mu": mu,
             "nesterov": nesterov,
@@ -250,7 +282,7 @@ class Muon(OrthonormalOptimizer):
 
 
 class Dion(OrthonormalOptimizer):
-    """Dion on any mesh: a rank-r orthonormal update that never assembles a whole matrix.
+    """Dion on any mesh: a rank-r orthonormal update; of a matrix ``[m, n]`` only ``[max(m, n), r]`` is assembled.
 
     Source: Ahn et al., arXiv 2504.05295; conventions of microsoft/dion.
 

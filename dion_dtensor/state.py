@@ -1,4 +1,4 @@
-"""Loading optimizer state into place: checked against the parameters before anything is written."""
+"""Optimizer state: loaded into place after it was checked against the parameters."""
 
 from __future__ import annotations
 
@@ -13,44 +13,63 @@ from dion_dtensor.assembly import own_shard, scattered
 from dion_dtensor.buckets import Member
 from dion_dtensor.layout import StorageLayout
 
-__all__ = ["load_states"]
+__all__ = ["adopt", "check_states", "load_states"]
 
 
-def load_states(members: Sequence[Member], loaded: Sequence[Mapping[str, Any] | None]) -> None:
-    """Copy each member's loaded state into its own, all or nothing.
-
-    Args:
-        members: the optimizer's parameters, in the order of its groups.
-        loaded: the state of each as ``state_dict`` gives it; a DTensor of other placements on the same mesh is
-            redistributed; a plain tensor is taken as the whole value.
+def check_states(members: Sequence[Member], states: Sequence[Mapping[str, Any] | None]) -> None:
+    """Refuse states that are not those of the members' rules.
 
     Raises:
         ValueError: a missing state, another algorithm's keys, another shape; the message names the parameter.
     """
-    for member, state in zip(members, loaded, strict=True):
-        needed = sorted(member.states)
-        given = sorted(state or {})
+    for member, state in zip(members, states, strict=True):
+        needed, given = sorted(member.views), sorted(state or {})
+        where = f"{member.name} ({member.layout.describe()})"
         if given != needed:
             raise ValueError(
-                f"{member.name} ({member.layout.describe()}): its state has {needed}, the loaded one has {given}; "
-                "was it saved by another algorithm?"
+                f"{where}: its state has {needed}, the given one has {given}; was it saved by another algorithm?"
             )
-        assert state is not None
-        for key, own in member.states.items():
-            value = torch.as_tensor(state[key])
+        for key, own in member.views.items():
+            value = torch.as_tensor((state or {})[key])
             if value.shape != own.shape:
                 raise ValueError(
-                    f"{member.name} ({member.layout.describe()}): state {key!r} has shape {list(own.shape)}, the "
-                    f"loaded one has {list(value.shape)}; was it saved with another rank_fraction?"
+                    f"{where}: state {key!r} has shape {list(own.shape)}, the given one has {list(value.shape)}; "
+                    "was it saved with another rank_fraction?"
                 )
-    for member, state in zip(members, loaded, strict=True):
-        assert state is not None
-        for key, own in member.states.items():
-            _copy(own, torch.as_tensor(state[key]))
+
+
+def load_states(members: Sequence[Member], states: Sequence[Mapping[str, Any] | None]) -> None:
+    """Copy each member's state into its bucket, in the bucket's dtype; :func:`check_states` comes first.
+
+    Args:
+        members: of the optimizer, in the order of its groups.
+        states: one a member; a DTensor of other placements on the same mesh is redistributed, a plain tensor is
+            taken as the whole value.
+    """
+    for member, state in zip(members, states, strict=True):
+        for key, own in member.views.items():
+            _copy(own, torch.as_tensor((state or {})[key]))
+
+
+def adopt(members: Sequence[Member], states: Mapping[Tensor, dict[str, Any]]) -> None:
+    """Take over what a user has put into ``optimizer.state`` in place of the tensors that the optimizer steps.
+
+    Raises:
+        ValueError: see :func:`check_states`.
+    """
+    for member in members:
+        state = states.get(member.parameter)
+        if state is None or any(state.get(key) is not view for key, view in member.views.items()):
+            check_states([member], [state])
+            load_states([member], [state])
+            assert state is not None
+            state.update(member.views)
 
 
 @torch.no_grad()
 def _copy(own: Tensor, value: Tensor) -> None:
+    if own is value:
+        return
     if isinstance(own, DTensor) and not isinstance(value, DTensor):
         own.to_local().copy_(scattered(value.to(own.device), StorageLayout.of(own)))
     elif isinstance(own, DTensor):

@@ -46,6 +46,17 @@ def test_only_assembly_and_state_redistribute(path: Path) -> None:
         assert not calls & {"redistribute", "full_tensor"}
 
 
+@pytest.mark.parametrize(
+    "path", sorted(PRODUCTION.rglob("*.py")), ids=lambda path: str(path.relative_to(PRODUCTION))
+)
+def test_nothing_reaches_torch_distributed_by_attribute(path: Path) -> None:
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Attribute) and node.attr == "distributed":
+            raise AssertionError(f"line {node.lineno}: {ast.unparse(node)}")
+        if isinstance(node, ast.ImportFrom) and node.module == "torch":
+            assert "distributed" not in [alias.name for alias in node.names]
+
+
 @pytest.mark.parametrize("package", ["dion_ref", "dion_dtensor"])
 def test_imports_need_torch_alone(package: str) -> None:
     # What torch itself needs (sympy and so mpmath, jinja2) cannot be blocked.

@@ -54,9 +54,13 @@ def _dead(triangular: Tensor, sizes: Tensor) -> Tensor:
     invertible = triangular + torch.diag_embed((diagonal == 0).to(triangular.dtype))
     inverse = torch.linalg.solve_triangular(invertible, identity.expand_as(triangular), upper=True)
     coordinates = inverse / inverse.diagonal(dim1=-2, dim2=-1).unsqueeze(-2)
-    roundings = torch.linalg.vector_norm(coordinates * sizes.unsqueeze(-1), dim=-2)
+    largest = sizes.amax(-1, keepdim=True).clamp(
+        min=torch.finfo(sizes.dtype).tiny
+    )  # so that no square overflows
+    shares = coordinates * (sizes / largest).unsqueeze(-1)
+    roundings = largest * torch.linalg.vector_norm(shares, dim=-2)
     limit: Tensor = DEAD_COLUMN_ROUNDINGS * torch.finfo(triangular.dtype).eps * roundings
-    return diagonal.abs() <= limit
+    return ~(diagonal.abs() > limit)  # a limit that is NaN comes from a diagonal entry too small to invert
 
 
 def _basis_without_dead(matrix: Tensor, sizes: Tensor) -> Tensor:

@@ -60,7 +60,10 @@ def resolve_polynomial(polynomial: str | Coefficients) -> Coefficients:
         if polynomial not in POLYNOMIALS:
             raise ValueError(f"polynomial={polynomial!r} is unknown; choose from {sorted(POLYNOMIALS)}")
         return POLYNOMIALS[polynomial]
-    triples = tuple(tuple(float(c) for c in triple) for triple in polynomial)
+    try:
+        triples = tuple(tuple(float(c) for c in triple) for triple in polynomial)
+    except TypeError:
+        triples = ()
     if not triples or any(len(triple) != 3 for triple in triples):
         raise ValueError(f"polynomial must be a name or a sequence of triples (a, b, c), not {polynomial!r}")
     return tuple((a, b, c) for a, b, c in triples)
@@ -81,7 +84,7 @@ def newton_schulz(
     """Orthonormalize each matrix of a stack approximately, by a polynomial in ``X X^T``.
 
     Args:
-        stack: ``[N, m, n]``; iterated in its own dtype, normalised in float32 or wider.
+        stack: ``[N, m, n]``; iterated in its own dtype, normalised in float32 or wider by a norm summed in float64.
         coefficients: triples ``(a, b, c)``, one an iteration.
         epsilon: keeps a zero matrix at zero.
         epsilon_rule: "add" divides by ``norm_factor * norm + epsilon``, "clamp" by
@@ -93,9 +96,10 @@ def newton_schulz(
     """
     wide = torch.promote_types(stack.dtype, torch.float32)
     X = stack.to(wide)
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    # Summed in float64: the squares of float32 numbers neither overflow nor vanish there.
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
     scale = norm_factor * norm.clamp(min=epsilon) if epsilon_rule == "clamp" else norm_factor * norm + epsilon
-    X = (X / scale).to(stack.dtype)
+    X = (X / scale.to(wide)).to(stack.dtype)
     tall = stack.shape[-2] > stack.shape[-1]
     if tall:  # the short side first: the Gram matrix is the small one
         X = X.mT.contiguous()

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from dion_dtensor.rules.rule import Rule, Scalar, StateSpec
+from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 
 __all__ = ["ADAMW", "check_betas"]
 
@@ -31,7 +30,7 @@ class State(NamedTuple):
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of any number of elements."""
     beta1, beta2 = hyper.betas
-    wide = torch.promote_types(state.exp_avg.dtype, torch.float32)
+    wide = widest(state.exp_avg, grad)
     grad = grad.to(wide)
     exp_avg = beta1 * state.exp_avg.to(wide) + (1 - beta1) * grad
     exp_avg_sq = beta2 * state.exp_avg_sq.to(wide) + (1 - beta2) * grad * grad
@@ -58,7 +57,7 @@ ADAMW = Rule(
     update=update,
     hyper=Hyper,
     state=State,
-    defaults={"betas": (0.9, 0.95), "epsilon": 1e-8, "scale": None},
+    defaults={"betas": (0.9, 0.95), "epsilon": 1e-8},
     scalars=("betas", "epsilon"),
     states=states,
     elementwise=True,

@@ -22,7 +22,7 @@ from dion_dtensor.assembly import (
     whole_dim,
 )
 from dion_dtensor.orthonormalize import orthonormal_basis
-from dion_dtensor.rules.rule import Rule, Scalar, StateSpec
+from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 
 __all__ = ["DION"]
 
@@ -45,8 +45,8 @@ class State(NamedTuple):
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``; only ``m x r`` is ever assembled."""
-    wide = torch.promote_types(state.momentum.dtype, torch.float32)
-    momentum = elementwise(lambda M, G: M.to(wide) + G, state.momentum, grad)
+    wide = widest(state.momentum, grad)
+    momentum = elementwise(lambda M, G: M.to(wide) + G.to(wide), state.momentum, grad)
     B = transposed(momentum) if hyper.transposed else momentum
     Q = elementwise(lambda Q: Q.to(wide), whole_dim(state.Q, -1))
 

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from dion_dtensor.rules.adamw import check_betas
-from dion_dtensor.rules.rule import Rule, Scalar, StateSpec
+from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 
 __all__ = ["LION"]
 
@@ -28,9 +28,10 @@ class State(NamedTuple):
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of any number of elements."""
     beta1, beta2 = hyper.betas
-    grad = grad.to(state.exp_avg.dtype)
-    direction = (beta1 * state.exp_avg + (1 - beta1) * grad).sign()
-    return direction, State(beta2 * state.exp_avg + (1 - beta2) * grad)
+    wide = widest(state.exp_avg, grad)
+    exp_avg, grad = state.exp_avg.to(wide), grad.to(wide)
+    direction = (beta1 * exp_avg + (1 - beta1) * grad).sign()
+    return direction, State((beta2 * exp_avg + (1 - beta2) * grad).to(state.exp_avg.dtype))
 
 
 def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateSpec]:
@@ -43,7 +44,7 @@ LION = Rule(
     update=update,
     hyper=Hyper,
     state=State,
-    defaults={"betas": (0.9, 0.95), "scale": None},
+    defaults={"betas": (0.9, 0.95)},
     scalars=("betas",),
     states=states,
     elementwise=True,

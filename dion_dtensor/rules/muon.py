@@ -12,7 +12,7 @@ from torch import Tensor
 from dion_dtensor.assembly import elementwise, on_whole_matrices
 from dion_dtensor.orthonormalize import newton_schulz, resolve_polynomial
 from dion_dtensor.orthonormalize.polynomial import Coefficients, norm_factor_of
-from dion_dtensor.rules.rule import Rule, Scalar, StateSpec
+from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 
 __all__ = ["MUON"]
 
@@ -40,8 +40,10 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``."""
     share = 1 - hyper.mu if hyper.momentum == "ema" else 1.0
 
+    wide = widest(state.momentum, grad)
+
     def accumulate(momentum: Tensor, grad: Tensor) -> Tensor:
-        return hyper.mu * momentum + share * grad.to(momentum.dtype)
+        return hyper.mu * momentum.to(wide) + share * grad.to(wide)
 
     momentum = elementwise(accumulate, state.momentum, grad)
     direction = elementwise(accumulate, momentum, grad) if hyper.nesterov else momentum
@@ -53,7 +55,8 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
         norm_factor=hyper.norm_factor,
     )
     rounded = elementwise(lambda values: values.to(hyper.compute_dtype), direction)
-    return on_whole_matrices(orthonormalize, rounded), State(momentum)
+    stored = elementwise(lambda values: values.to(state.momentum.dtype), momentum)
+    return on_whole_matrices(orthonormalize, rounded), State(stored)
 
 
 def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateSpec]:

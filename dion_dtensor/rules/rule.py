@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
-__all__ = ["Rule", "Scalar", "StateSpec"]
+__all__ = ["Rule", "Scalar", "StateSpec", "widest"]
 
 Scalar = float | Tensor
 """A hyperparameter that may change at every step: the engine hands it to the rule as a 0-d tensor."""
+
+
+def widest(*tensors: Tensor) -> torch.dtype:
+    """The dtype to compute in: the widest of the tensors', float32 at least."""
+    return functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors), torch.float32)
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ class Ranks:
             self.pipes.append(ours)
             self.processes.append(process)
 
-    def run(self, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-        """The results of the ranks that take part (do not return None), by rank.
+    def run(self, members: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
+        """The results of the first ``members`` ranks; the others must return None.
 
         Raises:
             RuntimeError: names the ranks that raised or died.
@@ -78,7 +78,8 @@ class Ranks:
             (results if good else problems).append(value if good else f"rank {rank}: {value}")
         if problems:
             raise RuntimeError("\n".join(problems))
-        return [result for result in results if result is not None]
+        assert [result is not None for result in results] == [rank < members for rank in range(self.world)]
+        return results[:members]
 
     def close(self) -> None:
         for pipe in self.pipes:

@@ -91,7 +91,7 @@ def faulty_step(fault: str, faulty_rank: int) -> tuple[str, bool] | None:
             bad.grad.to_local()[0, 0] = float("nan")
         elif fault == "missing":
             bad.grad = None
-    if fault == "placement":
+    if fault == "placement" and rank == faulty_rank:
         bad.grad = lay_out(torch.ones(6, 4), layout("2x2 S0 S1"), mesh)
     message = ""
     try:
@@ -104,6 +104,31 @@ def faulty_step(fault: str, faulty_rank: int) -> tuple[str, bool] | None:
         for p, old in zip(parameters, states, strict=True)
     )
     return message, same
+
+
+def fault_among_meshes(where: str, faulty_rank: int) -> tuple[str, bool] | None:
+    """A plain parameter, one on half of the ranks, one on all of them; NaN in one of them on one rank."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    if mesh.get_coordinate() is None:
+        return None
+    ones = torch.ones(4, 4)
+    parameters = {
+        "plain": nn.Parameter(ones.clone()),
+        "submesh": nn.Parameter(lay_out(ones, layout("2 S0"), mesh["fsdp"])),
+        "mesh": nn.Parameter(lay_out(ones, layout("2x2 S0 S1"), mesh)),
+    }
+    for parameter in parameters.values():
+        parameter.grad = torch.ones_like(parameter)
+    if torch.distributed.get_rank() == faulty_rank:
+        bad = parameters[where].grad
+        (bad.to_local() if isinstance(bad, DTensor) else bad).fill_(float("nan"))  # type: ignore[union-attr]
+    message = ""
+    try:
+        Muon([(f"{name}.weight", p) for name, p in parameters.items()], compile=False).step()
+    except RuntimeError as error:
+        message = str(error)
+    local = [p.to_local() if isinstance(p, DTensor) else p for p in parameters.values()]
+    return message, all(bool((one == 1).all()) for one in local)
 
 
 def partial_gradient(algorithm: str) -> tuple[Tensor, Tensor] | None:

@@ -1,0 +1,89 @@
+"""Refusals, each with the name of what is wrong and the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dion_dtensor.buckets import Member
+from dion_dtensor.rules import RULES, Rule
+from dion_dtensor.scale import scale_factor
+
+__all__ = ["check_group", "check_member", "check_options"]
+
+# What every group may hold besides the hyperparameters of its rule; the last line is the schedulers'.
+COMMON = {
+    "params",
+    "param_names",
+    "algorithm",
+    "reasons",
+    "name",
+    "lr",
+    "weight_decay",
+    "cautious",
+    "maximize",
+}
+SCHEDULED = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
+BASE_CLASS = {"differentiable", "foreach", "fused", "capturable"}
+
+COMPUTE_DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)
+
+
+def check_options(compute_dtype: torch.dtype | None, momentum_dtype: torch.dtype | None) -> None:
+    """Refuse dtypes that lose more than rounding.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name, dtype in (("compute_dtype", compute_dtype), ("momentum_dtype", momentum_dtype)):
+        if dtype not in COMPUTE_DTYPES:  # float16 overflows on what gradients hold
+            raise ValueError(f"{name}={dtype} must be torch.bfloat16, torch.float32, torch.float64 or None")
+
+
+def check_group(group: Mapping[str, Any]) -> None:
+    """Refuse a param group with hyperparameters out of range, or that its rule does not have.
+
+    Raises:
+        ValueError: names the hyperparameter.
+    """
+    rule = RULES[group["algorithm"]]
+    unknown = set(group) - COMMON - SCHEDULED - BASE_CLASS - set(rule.defaults)
+    if unknown:
+        raise ValueError(
+            f"{sorted(unknown)} are no hyperparameters of {rule.name!r}; it has "
+            f"{sorted(set(rule.defaults) | {'lr', 'weight_decay', 'cautious', 'maximize'})}"
+        )
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one element, not of shape {list(lr.shape)}")
+    if not float(lr) >= 0:
+        raise ValueError(f"lr={lr} must not be negative")
+    if not group["weight_decay"] >= 0:
+        raise ValueError(f"weight_decay={group['weight_decay']} must not be negative")
+    if "epsilon" in group and not group["epsilon"] > 0:
+        raise ValueError(f"epsilon={group['epsilon']} must be positive")
+    if "scale" in group:
+        scale_factor(group["scale"], (1, 1))
+    rule.check(group)
+
+
+def check_member(member: Member, rule: Rule) -> None:
+    """Refuse a parameter that its rule cannot step.
+
+    Raises:
+        ValueError: names the parameter, its shape and its placements.
+    """
+    layout = member.layout
+    where = f"{member.name} ({layout.describe()})"
+    if not layout.dtype.is_floating_point:
+        raise ValueError(f"{where}: only real floating-point parameters can be stepped")
+    if any(placement.is_partial() for placement in layout.placements):
+        raise ValueError(f"{where}: a parameter cannot be Partial; redistribute it")
+    if not rule.elementwise and (len(layout.shape) != 2 or 0 in layout.shape):
+        raise ValueError(
+            f"{where}: {rule.name} takes non-empty matrices [m, n]; give this parameter to a group with "
+            "algorithm='adamw' or 'lion' (param_groups does so)"
+        )
