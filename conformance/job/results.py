@@ -25,6 +25,7 @@ class Row:
         first_step_seconds: wall time of the first optimizer step, compilation included.
         step_seconds: median wall time of the other optimizer steps.
         layouts: number of parameters by layout.
+        cpu_seconds: processor time of all ranks, compilers that they started included.
         undecided: elements where Lion's sign was not determined by its inputs.
     """
 
@@ -38,6 +39,7 @@ class Row:
     first_step_seconds: float
     step_seconds: float
     layouts: dict[str, int] = field(default_factory=dict)
+    cpu_seconds: float = 0.0
     undecided: int = 0
 
     @property
@@ -113,6 +115,7 @@ class Row:
             "largest_share_of_bound": rounded(self.tightest.used),
             "closest": f"{self.tightest.quantity} of {self.tightest.parameter}",
             "seconds": rounded(self.seconds),
+            "cpu_seconds": rounded(self.cpu_seconds),
             "first_step_seconds": rounded(self.first_step_seconds),
             "step_seconds": rounded(self.step_seconds),
             "losses": [rounded(loss, 7) for loss in self.losses],

@@ -22,7 +22,7 @@ from conformance.job.model import GPTShape, is_matrix, loss_of, make_model
 from conformance.job.results import SIMULATED, Row
 from conformance.job.settings import DTYPES, OPTIMIZERS, OptimizerSetting, Settings
 from conformance.job.text import batch, read_text
-from conformance.job.training import layouts_of, make_optimizer, quiet
+from conformance.job.training import cpu_seconds, layouts_of, make_optimizer, quiet
 from conformance.launch import Rank
 from conformance.meshes import SIMULATED as MESHES
 from conformance.meshes import Mesh
@@ -61,9 +61,13 @@ def simulate(rank: Rank, settings: Settings) -> None:
 
 
 def cases(settings: Settings) -> list[tuple[str, str]]:
-    """(optimizer, mesh) of every simulated row: the matrix optimizers on each mesh."""
+    """(optimizer, mesh) of every simulated row: the matrix optimizers on each mesh.
+
+    Every other mesh has them in the opposite order, so that two processes get equal shares.
+    """
     matrix = [name for name in settings.optimizers if OPTIMIZERS[name].algorithm != OPTIMIZERS[name].scalar]
-    return [(optimizer, mesh) for mesh in settings.meshes for optimizer in matrix]
+    order = {0: matrix, 1: matrix[::-1]}
+    return [(optimizer, mesh) for place, mesh in enumerate(settings.meshes) for optimizer in order[place % 2]]
 
 
 def take_snapshot(setting: OptimizerSetting, settings: Settings) -> Snapshot:
@@ -142,7 +146,7 @@ class _Named(nn.Module):
 
 
 def _judge_mesh(setting: OptimizerSetting, settings: Settings, described: Mesh, snapshot: Snapshot) -> Row:
-    began = time.perf_counter()
+    began, cpu_began = time.perf_counter(), cpu_seconds()
     dtype = DTYPES["float64"]
     judge = Judge(setting, dtype, seed=settings.seed)
     with LocalTensorMode(described.ranks):
@@ -179,6 +183,7 @@ def _judge_mesh(setting: OptimizerSetting, settings: Settings, described: Mesh, 
         first_step_seconds=seconds,
         step_seconds=seconds,
         layouts=layouts_of(parameters),
+        cpu_seconds=cpu_seconds() - cpu_began,
     )
 
 

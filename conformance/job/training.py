@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import statistics
 import time
 import warnings
@@ -110,7 +111,7 @@ class _Run:
         described: Mesh,
         text: Tensor,
     ) -> None:
-        self.start = time.perf_counter()
+        self.start, self.cpu_start = time.perf_counter(), cpu_seconds()
         self.rank, self.settings, self.mesh, self.text = rank, settings, mesh, text
         self.setting, self.dtype, self.described = optimizer, dtype, described
         self._emit(Started(optimizer.name, dtype.name, described.label, settings.steps))
@@ -213,7 +214,9 @@ class _Run:
 
     def _finish(self) -> None:
         parts: list[Any] = [None] * self.rank.count
-        dist.all_gather_object(parts, (self.judge.series(), self.judge.undecided))
+        dist.all_gather_object(
+            parts, (self.judge.series(), self.judge.undecided, cpu_seconds() - self.cpu_start)
+        )
         later = self.times[1:] or self.times
         row = Row(
             optimizer=self.setting.name,
@@ -227,8 +230,15 @@ class _Run:
             step_seconds=statistics.median(later),
             layouts=layouts_of(self.parameters),
             undecided=sum(part[1] for part in parts),
+            cpu_seconds=sum(part[2] for part in parts),
         )
         self._emit(row)
+
+
+def cpu_seconds() -> float:
+    """Processor time of this process and of those that it started and waited for."""
+    spent = os.times()
+    return spent.user + spent.system + spent.children_user + spent.children_system
 
 
 def layouts_of(parameters: Mapping[str, Tensor]) -> dict[str, int]:
