@@ -79,7 +79,7 @@ def _error_panel(axes: Axes, row: Row) -> None:
     first = True
     for one in row.updates:
         if one is not worst:
-            label = "the other parameters" if first else None
+            label = "the others (each with a bound of its own)" if first else None
             axes.plot(steps, _drawable(one.errors), color=OTHERS, lw=0.7, alpha=0.7, label=label)
             first = False
     marker = "o" if len(worst.errors) < 6 else None
@@ -93,7 +93,7 @@ def _error_panel(axes: Axes, row: Row) -> None:
             ls="--",
             label="the oracle rerun in this dtype",
         )
-    axes.axhline(worst.bound or FLOOR, color=BOUND, lw=1.2, label="its bound")
+    axes.axhline(worst.bound or FLOOR, color=BOUND, lw=1.2, label="bound of the blue one")
     axes.set_yscale("log")
     low, high = axes.get_ylim()
     axes.set_ylim(low / 2, high * 4)
