@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -69,6 +70,12 @@ LAYOUTS = [
 
 
 def build_mesh(layout: Layout) -> DeviceMesh:
+    """The mesh of ``layout``, made once for a process group: making its groups takes all ranks."""
+    return _build_mesh(layout, torch.distributed.group.WORLD)
+
+
+@functools.cache
+def _build_mesh(layout: Layout, world: object) -> DeviceMesh:
     names = ("expert", "replicate", "shard", "tensor")[-len(layout.mesh) :]
     return init_device_mesh("cpu", layout.mesh, mesh_dim_names=names)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import datetime
 import os
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
@@ -17,7 +16,7 @@ import torch.multiprocessing as multiprocessing
 TIMEOUT_SECONDS = 240.0
 
 
-def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
     """One rank: run what arrives on the pipe until None does."""
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
@@ -27,7 +26,7 @@ def _serve(rank: int, world: int, store: str, pipe: Connection) -> None:
     logging.disable(logging.WARNING)
     torch.distributed.init_process_group(
         "gloo",
-        init_method=f"file://{store}",
+        store=torch.distributed.TCPStore("localhost", port, is_master=False),
         rank=rank,
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
@@ -47,13 +46,12 @@ class Ranks:
     def __init__(self, world: int) -> None:
         self.world = world
         context = multiprocessing.get_context("spawn")
-        folder = tempfile.mkdtemp()
+        # A port that the system chose; the store lives in this process. A file store polls, and slows all ranks down.
+        self.store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
         self.pipes, self.processes = [], []
         for rank in range(world):
             ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, world, os.path.join(folder, "store"), theirs), daemon=True
-            )
+            process = context.Process(target=_serve, args=(rank, world, self.store.port, theirs), daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
