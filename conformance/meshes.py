@@ -38,7 +38,6 @@ class Mesh:
 
 SIMULATED: Mapping[str, Mesh] = {
     "2x32": Mesh((("fsdp", 2), ("tp", 32))),
-    "32x2": Mesh((("fsdp", 32), ("tp", 2))),
     "8x8": Mesh((("fsdp", 8), ("tp", 8))),
     "hsdp-4x8": Mesh((("dp", 4), ("fsdp", 8))),
     "4x4x4": Mesh((("dp", 4), ("fsdp", 4), ("tp", 4))),

@@ -79,13 +79,16 @@ def make_optimizer(
     model: torch.nn.Module, setting: OptimizerSetting, dtype: DtypeSetting, settings: Settings
 ) -> torch.optim.Optimizer:
     """The optimizer under test, made as a user makes it."""
+    outside = [
+        f"^{name}\\." for name, _ in model.named_children() if name in ("embedding", "position", "head")
+    ]
     groups = param_groups(
         model,
         algorithm=setting.algorithm,
         scalar=setting.scalar,
         lr=setting.lr,
         scalar_lr=setting.scalar_lr,
-        exclude=[r"^(embedding|position|head)\."],
+        exclude=outside,
     )
     for group in groups:
         if group["algorithm"] == setting.algorithm:
