@@ -31,13 +31,21 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
         world_size=world,
         timeout=datetime.timedelta(seconds=60),
     )
-    while (work := pipe.recv()) is not None:
+    while (work := _received(pipe)) is not None:
         function, arguments = work
         try:
             pipe.send((True, function(*arguments)))
         except BaseException as error:
             pipe.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
     torch.distributed.destroy_process_group()
+
+
+def _received(pipe: Connection) -> Any:
+    """What the test process sends; if it is gone, so is this rank."""
+    try:
+        return pipe.recv()
+    except EOFError:
+        os._exit(1)
 
 
 class Ranks:

@@ -20,8 +20,6 @@ from conformance.job.text import batch, read_text
 from conformance.meshes import SIMULATED, Mesh, mesh_for
 from tests.job import programs
 
-pytestmark = pytest.mark.xdist_group("job")
-
 TINY = replace(QUICK, optimizers=("muon",), shape=GPTShape(width=32, layers=1, length=16), meshes=())
 
 

@@ -12,8 +12,6 @@ import pytest
 from conformance import launch
 from tests.job import programs
 
-pytestmark = pytest.mark.xdist_group("job")
-
 
 def test_results_come_in_the_order_of_the_ranks_and_events_arrive() -> None:
     events: list[tuple[int, object]] = []
