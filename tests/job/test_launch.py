@@ -62,6 +62,9 @@ def test_ranks_that_ignore_sigterm_are_killed() -> None:
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGINT])
 def test_no_rank_outlives_the_process_that_started_it(tmp_path: Path, ending: signal.Signals) -> None:
     code = (
+        "import signal\n"
+        # a shell's background job ignores SIGINT, and its children inherit that
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from conformance import launch\n"
         "from tests.job import programs\n"
         f"launch.run(programs.write_pid_and_wait, {str(tmp_path)!r}, ranks=2)\n"
