@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -168,13 +168,7 @@ class Bucket:
     def _state_layout(self, member: Member, name: str) -> StorageLayout:
         spec = self.specs[name]
         if spec.dims is None:
-            dims: tuple[str | None, ...] = ("row", "column")[: len(member.layout.shape)]
-            if len(member.layout.shape) <= 2 and not self.rule.elementwise:
-                return member.layout.derived(dims, member.layout.shape, self.state_dtype)
-            layout = member.layout
-            return StorageLayout(
-                layout.shape, self.state_dtype, layout.device, layout.mesh, layout.placements
-            )
+            return replace(member.layout, dtype=self.state_dtype)
         assert spec.sizes is not None
         return member.layout.derived(spec.dims, spec.sizes, self.state_dtype)
 

@@ -168,13 +168,13 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             return {**given, "param_groups": groups, "state": {}}
 
         def after(optimizer: torch.optim.Optimizer) -> None:
-            members, positions = self._members(), self._positions
+            members = self._members()
             load_states(members, loaded)
             self.state.update({member.parameter: dict(member.views) for member in members})
             for bucket, position in zip(self.buckets, positions, strict=True):
                 bucket.group = self.param_groups[position]
 
-        self._positions = [
+        positions = [
             next(i for i, group in enumerate(self.param_groups) if group is bucket.group)
             for bucket in self.buckets
         ]
