@@ -6,6 +6,6 @@ print(audit(optimizer))
 """
 
 from dion_dtensor.groups import audit, param_groups
-from dion_dtensor.optimizer import Dion, Muon
+from dion_dtensor.optimizers import Dion, Dion2, Dion3, Muon, NorDion2, NorMuon
 
-__all__ = ["Dion", "Muon", "audit", "param_groups"]
+__all__ = ["Dion", "Dion2", "Dion3", "Muon", "NorDion2", "NorMuon", "audit", "param_groups"]

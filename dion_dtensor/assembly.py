@@ -9,60 +9,78 @@ result are worked out here: DTensor's own search for them takes seconds an opera
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from dion_dtensor import placements as algebra
 from dion_dtensor.layout import StorageLayout, compute_placements
 
 __all__ = [
+    "across",
     "agreed_maximum",
+    "averaged",
     "elementwise",
+    "from_local",
     "norm",
     "on_whole_matrices",
     "own_shard",
     "product",
     "reduced",
+    "relaid",
     "scattered",
     "transposed",
     "whole_dim",
 ]
 
 
-def on_whole_matrices(function: Callable[..., Tensor], stack: Tensor, *others: Tensor) -> Tensor:
+def on_whole_matrices(function: Callable[..., Any], stack: Tensor, *others: Tensor) -> Any:
     """``function(stack, *others)`` with every matrix of the stack whole on some rank.
 
     Args:
         function: maps a stack of whole matrices ``[k, m, n]`` (and the matching slices of ``others``) to a stack
-            ``[k, m, n]``, each matrix by itself; it sees plain tensors and any ``k`` (also zero matrices).
-        stack: ``[N, m, n]``, a tensor or a DTensor of any placements; an axis may be ``Partial``.
+            ``[k, m, n]``, or to a tuple of which each stack has the shape of the argument in its place, each matrix
+            by itself; it sees plain tensors and any ``k`` (also zero matrices).
+        stack: ``[N, m, n]``, a tensor or a DTensor of any placements; an axis may be ``Partial``, and one that shards
+            the stack's own dim holds different matrices, which stay where they are.
         others: further stacks ``[N, ...]`` on the same mesh.
 
     Returns:
-        ``[N, m, n]`` in the dtype that ``function`` returns, placed as ``stack`` was (``Partial`` becomes
-        ``Replicate``).
+        A stack, or a tuple of stacks, each in the dtype that ``function`` returns, and placed as the argument in its
+        place was (``Partial`` becomes ``Replicate``).
     """
     if not isinstance(stack, DTensor):
         return function(stack, *others)
-    mesh, count = stack.device_mesh, stack.shape[0]
-    storage = algebra.of_reduced(stack.placements)
+    mesh, count = stack.device_mesh, stack.to_local().shape[0]
     target, ranks = compute_placements(mesh, stack.placements, count)
     padding = -count % ranks
 
     def whole(tensor: Tensor) -> Tensor:
         assert isinstance(tensor, DTensor)
+        own = from_local(
+            _padded(tensor.to_local(), padding),
+            mesh,
+            algebra.of_apart(tensor.placements),
+            (count + padding, *tensor.shape[1:]),
+        )
         # Contiguous, so that sums run in the same order whatever the collective left behind.
-        return _padded(tensor, padding).redistribute(placements=target).to_local().contiguous()
+        return own.redistribute(placements=target).to_local().contiguous()
 
-    result = function(whole(stack), *(whole(other) for other in others)).contiguous()
-    assembled = _from_local(result, mesh, target, (count + padding, *stack.shape[1:]))
-    placed = assembled.redistribute(placements=storage)
-    if padding == 0:
-        return placed
-    return _from_local(placed.to_local()[:count], mesh, storage, tuple(stack.shape))
+    def back(result: Tensor, like: Tensor) -> Tensor:
+        assert isinstance(like, DTensor)
+        assembled = from_local(result, mesh, target, (count + padding, *like.shape[1:]))
+        placed = assembled.redistribute(placements=algebra.of_reduced(algebra.of_apart(like.placements)))
+        return from_local(
+            placed.to_local()[:count], mesh, algebra.of_reduced(like.placements), tuple(like.shape)
+        )
+
+    result = function(whole(stack), *(whole(other) for other in others))
+    if isinstance(result, Tensor):
+        return back(result, stack)
+    return tuple(back(one, like) for one, like in zip(result, (stack, *others), strict=False))
 
 
 def whole_dim(tensor: Tensor, dim: int) -> Tensor:
@@ -77,6 +95,24 @@ def reduced(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.redistribute(placements=algebra.of_reduced(tensor.placements))
+
+
+def averaged(local: Tensor, layout: StorageLayout, axes: Sequence[int]) -> Tensor:
+    """``local``, a shard in ``layout``, averaged over the ranks of ``axes``."""
+    assert layout.mesh is not None
+    pending = [Partial("avg") if axis in axes else Replicate() for axis in range(layout.mesh.ndim)]
+    return _local(reduced(from_local(local, layout.mesh, pending, tuple(local.shape))))
+
+
+def relaid(
+    local: Tensor, mesh: DeviceMesh, before: Sequence[int], after: Sequence[int], shape: tuple[int, ...]
+) -> Tensor:
+    """A plain stack that the axes ``before`` split along dim 0, split by the axes ``after`` instead."""
+
+    def split(axes: Sequence[int]) -> list[Placement]:
+        return [Shard(0) if axis in axes else Replicate() for axis in range(mesh.ndim)]
+
+    return from_local(local, mesh, split(before), shape).redistribute(placements=split(after)).to_local()
 
 
 def own_shard(tensor: Tensor, layout: StorageLayout) -> Tensor:
@@ -120,7 +156,7 @@ def elementwise(function: Callable[..., Tensor], stack: Tensor, *others: Tensor)
             if not algebra.suit(stack.placements, other.placements, whole):
                 raise ValueError(f"elementwise on stacks placed {stack.placements} and {other.placements}")
     local = function(stack.to_local(), *(o.to_local() if isinstance(o, DTensor) else o for o in others))
-    return _from_local(local, stack.device_mesh, stack.placements, tuple(stack.shape))
+    return from_local(local, stack.device_mesh, stack.placements, tuple(stack.shape))
 
 
 def norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:
@@ -133,10 +169,10 @@ def norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:
         whole: Tensor = torch.linalg.vector_norm(stack, dim=dims, keepdim=True, dtype=torch.float64)
         return whole.to(stack.dtype)
     summed = tuple(dim % stack.ndim for dim in dims)
-    placements = algebra.of_norm(stack.placements, summed)
+    placements = algebra.of_pending(stack.placements, summed, "sum")
     shape = tuple(1 if dim in summed else size for dim, size in enumerate(stack.shape))
     squares = torch.linalg.vector_norm(stack.to_local(), dim=dims, keepdim=True, dtype=torch.float64).square()
-    total = reduced(_from_local(squares, stack.device_mesh, placements, shape))
+    total = reduced(from_local(squares, stack.device_mesh, placements, shape))
     return elementwise(lambda values: values.sqrt().to(stack.dtype), total)
 
 
@@ -146,7 +182,7 @@ def transposed(stack: Tensor) -> Tensor:
         return stack.mT
     placements = algebra.of_transposed(stack.placements)
     shape = (stack.shape[0], stack.shape[2], stack.shape[1])
-    return _from_local(stack.to_local().mT, stack.device_mesh, placements, shape)
+    return from_local(stack.to_local().mT, stack.device_mesh, placements, shape)
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:
@@ -162,7 +198,26 @@ def product(left: Tensor, right: Tensor) -> Tensor:
         return left @ right
     placements = algebra.of_product(left.placements, right.placements)
     shape = (*left.shape[:-1], right.shape[-1])
-    return _from_local(left.to_local() @ right.to_local(), left.device_mesh, placements, shape)
+    return from_local(left.to_local() @ right.to_local(), left.device_mesh, placements, shape)
+
+
+def across(local: Tensor, stack: Tensor, operation: str, dims: tuple[int, ...]) -> Tensor:
+    """``local``, of size one in ``dims``, reduced over the axes that shard ``dims`` of ``stack``.
+
+    Args:
+        local: what each rank found in its shard of ``stack``.
+        stack: a tensor or a DTensor.
+        operation: "sum" or "max".
+        dims: of ``stack``.
+
+    Returns:
+        A plain tensor; its other dims are sharded as those of ``stack``.
+    """
+    if not isinstance(stack, DTensor):
+        return local
+    placements = algebra.of_pending(stack.placements, dims, operation)
+    shape = tuple(1 if dim in dims else size for dim, size in enumerate(stack.shape))
+    return _local(reduced(from_local(local, stack.device_mesh, placements, shape)))
 
 
 def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -170,18 +225,19 @@ def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(values, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
 
 
-def _padded(stack: DTensor, padding: int) -> DTensor:
-    if padding == 0:
-        return stack
-    local = stack.to_local()
-    zeros = local.new_zeros((padding, *local.shape[1:]))
-    shape = (stack.shape[0] + padding, *stack.shape[1:])
-    return _from_local(torch.cat((local, zeros)), stack.device_mesh, stack.placements, shape)
+def _local(tensor: Tensor) -> Tensor:
+    assert isinstance(tensor, DTensor)
+    return tensor.to_local()
 
 
-def _from_local(
+def _padded(local: Tensor, padding: int) -> Tensor:
+    return torch.cat((local, local.new_zeros((padding, *local.shape[1:])))) if padding else local
+
+
+def from_local(
     local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: tuple[int, ...]
 ) -> DTensor:
+    """A DTensor of global ``shape`` from each rank's shard, which is made contiguous."""
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
         local.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride

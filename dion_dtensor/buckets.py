@@ -5,56 +5,25 @@ The state of a bucket is kept stacked; ``optimizer.state[parameter]`` holds view
 
 from __future__ import annotations
 
-import functools
-import types
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from dion_dtensor.assembly import own_shard, scattered
+from dion_dtensor.assembly import averaged, scattered
 from dion_dtensor.layout import StorageLayout
-from dion_dtensor.philox import normal
-from dion_dtensor.rules import Rule, StateSpec
+from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
+from dion_dtensor.rules import Rule
 from dion_dtensor.scale import scale_factor
+from dion_dtensor.updates import Plan, update_of
 
-__all__ = ["Bucket", "Member", "make_buckets"]
-
-
-@dataclass(eq=False)
-class Member:
-    """A parameter in a bucket: its fully qualified name, its layout, and views of its slice of the bucket's state."""
-
-    name: str
-    parameter: Tensor
-    layout: StorageLayout
-    views: dict[str, Tensor] = field(default_factory=dict)
-
-    @property
-    def local(self) -> Tensor:
-        """The parameter's own shard."""
-        return local_of(self.parameter.detach())
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What distinguishes one compiled function from another, but for the number and shape of its members."""
-
-    rule: Rule
-    hyper: tuple[tuple[str, Hashable], ...]
-    scale: float
-    maximize: bool
-    grad_layout: StorageLayout | None
-    state_layouts: tuple[tuple[str, StorageLayout | None], ...]
-    size: int
-    compile: bool
+__all__ = ["Bucket", "make_buckets"]
 
 
 class Bucket:
-    """Members with the same rule, shape, dtype, mesh and placements (an elementwise rule: the same dtype and device).
+    """Members with the same rule, form, dtype, mesh and placements (an elementwise rule: the same dtype and device).
 
     Args:
         rule: the algorithm.
@@ -80,26 +49,71 @@ class Bucket:
         self.rule, self.group, self.members = rule, group, list(members)
         self.compile, self.compute_dtype = compile, compute_dtype
         first = self.members[0]
-        self.shape, self.device = first.layout.shape, first.layout.device
-        self.specs = rule.states(self.shape, group)
+        self.device = first.layout.device
         self.state_dtype = momentum_dtype or first.layout.dtype
+        self.pending: tuple[int, ...] = ()
+        """Mesh axes over which the momentum is still to be averaged."""
         self._scalars: dict[str, Any] = {}
-        self.stacks = {name: self._initial_stack(spec, seed) for name, spec in self.specs.items()}
+        self.forms = {member: self._state_forms(member) for member in self.members}
+        self.scale = self._scale()
+        self.stacks = {key: self._initial_stack(key, seed) for key in self.forms[first]}
         for member in self.members:
             if rule.counts_steps:
                 member.views["step"] = torch.zeros((), dtype=torch.float32)
-        self._views = {name: self._split(stack, name, self.members) for name, stack in self.stacks.items()}
-        for name, views in self._views.items():
-            for member, view in zip(self.members, views, strict=True):
-                member.views[name] = self._state_layout(member, name).wrap(view)
+        for key, stack in self.stacks.items():
+            for member, entries in zip(self.members, self._split(stack, self.members, key), strict=True):
+                shown = self.forms[member][key].shown
+                member.views[key] = member.shown(shown, entries)
 
-    @property
-    def scale(self) -> float:
-        """The factor on the learning rate."""
-        return scale_factor(self.group.get("scale"), self.shape)
+    def _state_forms(self, member: Member) -> dict[str, StateForm]:
+        if member.form is not None:
+            return state_forms(member.layout, member.form, self.rule, self.group, self.state_dtype)
+        layout = replace(member.layout, dtype=self.state_dtype)
+        specs = self.rule.states(member.layout.shape, self.group)
+        return {key: StateForm(spec, layout, layout, ()) for key, spec in specs.items()}
 
-    def step(self, members: Sequence[Member], grads: Sequence[Tensor]) -> None:
-        """Step ``members`` (all of the bucket, or those that have a gradient) with their ``grads``."""
+    def scales(self) -> tuple[float, ...]:
+        """The factor on the learning rate of each piece."""
+        form = self.members[0].form
+        if form is None:
+            return (1.0,)
+        return tuple(scale_factor(self.group.get("scale"), (piece.m, piece.n)) for piece in form.pieces)
+
+    def way(self) -> str:
+        """How a logical matrix comes to be whole."""
+        form = self.members[0].form
+        if form is None:
+            return "-"
+        if form.kind == "whole" and form.entry.mesh is not None:
+            return "assembled with its whole parameter"
+        if not any(form.entry.axes_sharding(dim) for dim in (0, 1)):
+            return "local"
+        return self.rule.way
+
+    def _scale(self) -> Tensor:
+        """One factor, or one for each row that this rank holds where the pieces differ in shape."""
+        scales, form = self.scales(), self.members[0].form
+        if len(set(scales)) == 1:
+            return torch.tensor(scales[0], dtype=torch.float64, device=self.device)
+        assert form is not None
+        assert form.split is not None
+        columns = [
+            torch.full((p.count, p.m, 1), s, dtype=torch.float64)
+            for p, s in zip(form.pieces, scales, strict=True)
+        ]
+        rows = form.split.merge(columns, (sum(p.count * p.m for p in form.pieces), 1))[0]
+        layout = form.entry.derived(("row", None), (len(rows), 1), rows.dtype)
+        return scattered(rows.to(self.device), layout)
+
+    def step(self, members: Sequence[Member], grads: Sequence[Tensor], pending: tuple[int, ...] = ()) -> None:
+        """Step ``members`` (all of the bucket, or those that have a gradient) with their local ``grads``.
+
+        Args:
+            members: of the bucket.
+            grads: one a member.
+            pending: mesh axes over which the gradients are not averaged yet.
+        """
+        self.pending = tuple(sorted({*self.pending, *pending}))
         if not self.rule.counts_steps:
             return self._step(members, grads, None)
         counts: dict[float, list[int]] = {}
@@ -109,17 +123,25 @@ class Bucket:
             self._step([members[i] for i in indices], [grads[i] for i in indices], count)
         return None
 
+    def synchronize(self) -> None:
+        """Average a momentum that differs among ranks; a collective of all ranks of the mesh."""
+        if self.pending:
+            layout = self.members[0].layout
+            for key in self.rule.pending_states:
+                self.stacks[key].copy_(averaged(self.stacks[key], layout, self.pending))
+            self.pending = ()
+
     def _step(self, members: Sequence[Member], grads: Sequence[Tensor], count: float | None) -> None:
         every = len(members) == len(self.members)
-        stacks = self.stacks if every else {name: self._joined(name, members) for name in self.specs}
+        stacks = self.stacks if every else {key: self._joined(key, members) for key in self.stacks}
         scalars = self._filled_scalars(count)
-        plan = self._plan(len(members))
-        updates = _compiled_update(plan)(self._join(grads), stacks, scalars)
+        plan = self._plan(members)
+        changes = update_of(plan)(self._join(members, grads), stacks, scalars, self.scale)
         if not every:
-            for name, stack in stacks.items():
-                for member, slice_ in zip(members, self._split(stack, name, members), strict=True):
-                    local_of(member.views[name]).copy_(slice_)
-        self._apply(members, self._split(updates, None, members), scalars["decay"])
+            for key, stack in stacks.items():
+                for member, entries in zip(members, self._split(stack, members, key), strict=True):
+                    self._own(member, key).copy_(entries)
+        self._apply(members, list(self._split(changes, members, None)), scalars["decay"])
 
     def _apply(self, members: Sequence[Member], updates: Sequence[Tensor], decay: Tensor) -> None:
         """``W <- decay * W - update``; cautious decay only where the update shrinks the weight."""
@@ -151,59 +173,82 @@ class Bucket:
                 cell.copy_(part.reshape(())) if isinstance(part, Tensor) else cell.fill_(part)
         return self._scalars
 
-    def _plan(self, count: int) -> Plan:
-        group, rule = self.group, self.rule
+    def _plan(self, members: Sequence[Member]) -> Plan:
+        group, rule, form = self.group, self.rule, self.members[0].form
         fields = rule.hyper._fields  # type: ignore[attr-defined]
-        own = {name: group[name] for name in rule.defaults}
-        fixed = own | {"compute_dtype": self.compute_dtype} | rule.prepare(self.shape, group)
-        hyper = tuple((name, fixed[name]) for name in fields if name not in rule.scalars)
-        layout = None if rule.elementwise else self.members[0].layout.stacked(count)
-        states = tuple(
-            (name, None if rule.elementwise else self._state_layout(self.members[0], name).stacked(count))
-            for name in self.specs
+        fixed = {name: group[name] for name in rule.defaults} | {"compute_dtype": self.compute_dtype}
+        shapes = [(piece.m, piece.n) for piece in form.pieces] if form else [self.members[0].layout.shape]
+        hyper = []
+        for shape in shapes:
+            values = fixed | rule.prepare(shape, group)
+            hyper.append(tuple((name, values[name]) for name in fields if name not in rule.scalars))
+        size = sum(m.form.count if m.form else m.local.numel() for m in members)
+        grad_layout = form.entry.stacked(size) if form else None
+        states = []
+        for key, state in self.forms[self.members[0]].items():
+            layout = state.entry.stacked(size) if form else None
+            if layout is not None and key in rule.pending_states:
+                layout = layout.partial(self.pending)
+            states.append((key, layout, state.pieces[0] if form and state.pieces else None))
+        return Plan(
+            rule=rule,
+            hyper=tuple(hyper),
+            maximize=bool(group["maximize"]),
+            grad_layout=grad_layout.partial(self.pending) if grad_layout else None,
+            change_layout=grad_layout,
+            states=tuple(states),
+            size=size,
+            split=form.split if form and form.kind == "whole" else None,
+            compile=self.compile,
         )
-        size = sum(member.local.numel() for member in self.members) if rule.elementwise else count
-        return Plan(rule, hyper, self.scale, bool(group["maximize"]), layout, states, size, self.compile)
 
-    def _state_layout(self, member: Member, name: str) -> StorageLayout:
-        spec = self.specs[name]
-        if spec.dims is None:
-            return replace(member.layout, dtype=self.state_dtype)
-        assert spec.sizes is not None
-        return member.layout.derived(spec.dims, spec.sizes, self.state_dtype)
+    def _initial_stack(self, key: str, seed: int) -> Tensor:
+        if not self.forms[self.members[0]][key].spec.normal:
+            return torch.cat([self._zeros(member, key) for member in self.members])
+        return torch.cat([initial_entries(m, self.forms[m][key], seed) for m in self.members])
 
-    def _initial_stack(self, spec: StateSpec, seed: int) -> Tensor:
-        if not spec.normal:
-            return self._join(
-                [torch.zeros_like(m.local, dtype=self.state_dtype) for m in self.members]
-            ).clone()
-        assert spec.dims is not None
-        assert spec.sizes is not None
-        rows, columns = spec.sizes
-        slices = []
-        for member in self.members:
-            values = normal(rows, columns, seed=seed, name=member.name).to(self.device, self.state_dtype)
-            layout = member.layout.derived(spec.dims, spec.sizes, self.state_dtype)
-            slices.append(scattered(values, layout))
-        return torch.stack(slices)
+    def _zeros(self, member: Member, key: str) -> Tensor:
+        form = member.form
+        shape = (
+            (form.count, *self.forms[member][key].entry.local_shape()) if form else (member.local.numel(),)
+        )
+        return torch.zeros(shape, dtype=self.state_dtype, device=self.device)
 
-    def _join(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Local shards to the local stack; a view if there is one only."""
+    def _join(self, members: Sequence[Member], tensors: Sequence[Tensor]) -> Tensor:
+        """Local shards of the parameters' shapes to the local stack; a view if there is one only."""
         if self.rule.elementwise:
-            flat = [tensor.reshape(-1) for tensor in tensors]
-            return flat[0] if len(flat) == 1 else torch.cat(flat)
-        return tensors[0].unsqueeze(0).contiguous() if len(tensors) == 1 else torch.stack(list(tensors))
+            parts = [tensor.reshape(-1) for tensor in tensors]
+        else:
+            parts = [member.fold(tensor) for member, tensor in zip(members, tensors, strict=True)]
+        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
-    def _joined(self, name: str, members: Sequence[Member]) -> Tensor:
-        return self._join([local_of(member.views[name]) for member in members]).clone()
+    def _joined(self, key: str, members: Sequence[Member]) -> Tensor:
+        return torch.cat([self._entries(member, key) for member in members])
 
-    def _split(self, stack: Tensor, name: str | None, members: Sequence[Member]) -> list[Tensor]:
-        """Views of a local stack, one a member."""
-        if not self.rule.elementwise:
-            return list(stack.unbind(0))
-        sizes = [member.local.numel() for member in members]
-        parts = torch.split(stack, sizes)
-        return [part.view(member.local.shape) for part, member in zip(parts, members, strict=True)]
+    def _own(self, member: Member, key: str) -> Tensor:
+        """A member's state as the user sees it, the local shard."""
+        (own,) = self._split(self._entries(member, key), [member], key)
+        return own
+
+    def _entries(self, member: Member, key: str) -> Tensor:
+        """A member's slice of the stack of a state."""
+        start = 0
+        for other in self.members:
+            length = self._length(other)
+            if other is member:
+                return self.stacks[key][start : start + length]
+            start += length
+        raise KeyError(member.name)
+
+    def _length(self, member: Member) -> int:
+        return member.form.count if member.form else member.local.numel()
+
+    def _split(self, stack: Tensor, members: Sequence[Member], key: str | None) -> Iterator[Tensor]:
+        """Views of a local stack, one a member, in the shape of its state ``key`` or of its parameter."""
+        parts = torch.split(stack, [self._length(member) for member in members])
+        for member, part in zip(members, parts, strict=True):
+            shape = member.local.shape if key is None else self.forms[member][key].shown.local_shape()
+            yield part.view(shape) if member.form is None else member.unfold(part, tuple(shape))
 
 
 def make_buckets(
@@ -215,25 +260,36 @@ def make_buckets(
         rule: the algorithm of ``group``.
         group: the param group.
         members: its parameters.
-        options: ``seed``, ``momentum_dtype``, ``compute_dtype``, ``compile`` of the optimizer.
+        options: ``seed``, ``momentum_dtype``, ``compute_dtype``, ``compile``, ``max_bucket_bytes`` of the optimizer.
     """
     sorted_: dict[Hashable, list[Member]] = {}
     for member in members:
-        layout = member.layout
-        key: Hashable = (layout.dtype, layout.device) if rule.elementwise else layout
+        layout, form = member.layout, member.form
+        key: Hashable = (layout.dtype, layout.device)
+        if form is not None:
+            key = (form.kind, form.entry, form.pieces if form.kind == "whole" else None, layout.mesh)
         sorted_.setdefault(key, []).append(member)
     return [
         Bucket(
             rule,
             group,
-            same,
+            some,
             seed=options["seed"],
             momentum_dtype=options["momentum_dtype"],
-            compute_dtype=_compute_dtype(same[0].layout, options["compute_dtype"]),
+            compute_dtype=_compute_dtype(some[0].layout, options["compute_dtype"]),
             compile=options["compile"],
         )
         for same in sorted_.values()
+        for some in _chunks(same, options["max_bucket_bytes"])
     ]
+
+
+def _chunks(members: list[Member], most: int | None) -> Iterator[list[Member]]:
+    """Runs of members whose local shards take at most ``most`` bytes, one member at least; equal runs but the last."""
+    size = max(member.layout.largest_shard() for member in members) * members[0].local.element_size()
+    length = len(members) if most is None else max(1, most // max(size, 1))
+    for start in range(0, len(members), length):
+        yield members[start : start + length]
 
 
 def _compute_dtype(layout: StorageLayout, asked: torch.dtype | None) -> torch.dtype:
@@ -241,49 +297,3 @@ def _compute_dtype(layout: StorageLayout, asked: torch.dtype | None) -> torch.dt
     if layout.dtype == torch.float64:
         return torch.float64
     return asked or (torch.bfloat16 if layout.device.type == "cuda" else torch.float32)
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """The local shard of a DTensor, a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-@functools.cache
-def _compiled_update(plan: Plan) -> Callable[..., Tensor]:
-    """``(grads, stacks, scalars) -> lr * scale * direction``, with the stacks of state updated in place."""
-    rule, fixed, layouts = plan.rule, dict(plan.hyper), dict(plan.state_layouts)
-
-    def wrap(local: Tensor, layout: StorageLayout | None) -> Tensor:
-        return local if layout is None else layout.wrap(local)
-
-    def unwrap(tensor: Tensor, layout: StorageLayout | None) -> Tensor:
-        return tensor if layout is None else own_shard(tensor, layout)
-
-    def update(grads: Tensor, stacks: dict[str, Tensor], scalars: dict[str, Any]) -> Tensor:
-        hyper = rule.hyper(**fixed, **{name: scalars[name] for name in rule.scalars})
-        old = {name: wrap(stacks[name], layout) for name, layout in layouts.items()}
-        if rule.counts_steps:
-            old["step"] = scalars["step"]
-        grad = wrap(-grads if plan.maximize else grads, plan.grad_layout)
-        direction, new = rule.update(grad, rule.state(**old), hyper)
-        for name, layout in layouts.items():
-            stacks[name].copy_(unwrap(getattr(new, name), layout))
-        shard = unwrap(direction, plan.grad_layout)
-        # Scaled in float32 or wider, also when the direction was computed in bfloat16.
-        change: Tensor = shard.to(torch.promote_types(shard.dtype, torch.float32)) * (
-            scalars["lr"] * plan.scale
-        )
-        return change
-
-    if not plan.compile:
-        return update
-    # Dynamo keeps its cache by code object and limits its length: a code object of its own for each plan.
-    own = types.FunctionType(
-        update.__code__.replace(co_name=f"{rule.name}_update"),
-        globals(),
-        update.__name__,
-        None,
-        update.__closure__,
-    )
-    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False)
-    return compiled

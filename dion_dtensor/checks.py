@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dion_dtensor.buckets import Member
+from dion_dtensor.matrices import Split
+from dion_dtensor.members import Member
 from dion_dtensor.rules import RULES, Rule
 from dion_dtensor.scale import scale_factor
 
@@ -20,6 +21,7 @@ COMMON = {
     "param_names",
     "algorithm",
     "reasons",
+    "split",
     "name",
     "lr",
     "weight_decay",
@@ -29,18 +31,24 @@ COMMON = {
 SCHEDULED = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
 BASE_CLASS = {"differentiable", "foreach", "fused", "capturable"}
 
+SCALAR = "give it to a group with algorithm='adamw' or 'lion' (param_groups does so)"
+
 COMPUTE_DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_options(compute_dtype: torch.dtype | None, momentum_dtype: torch.dtype | None) -> None:
-    """Refuse dtypes that lose more than rounding.
+def check_options(options: Mapping[str, Any], resync_every: int | None) -> None:
+    """Refuse dtypes that lose more than rounding, and counts below one.
 
     Raises:
         ValueError: names the option.
     """
-    for name, dtype in (("compute_dtype", compute_dtype), ("momentum_dtype", momentum_dtype)):
+    for name in ("compute_dtype", "momentum_dtype"):
+        dtype = options[name]
         if dtype not in COMPUTE_DTYPES:  # float16 overflows on what gradients hold
             raise ValueError(f"{name}={dtype} must be torch.bfloat16, torch.float32, torch.float64 or None")
+    for name, count in (("max_bucket_bytes", options["max_bucket_bytes"]), ("resync_every", resync_every)):
+        if count is not None and count < 1:
+            raise ValueError(f"{name}={count} must be positive, or None")
 
 
 def check_group(group: Mapping[str, Any]) -> None:
@@ -70,7 +78,7 @@ def check_group(group: Mapping[str, Any]) -> None:
     rule.check(group)
 
 
-def check_member(member: Member, rule: Rule) -> None:
+def check_member(member: Member, rule: Rule, split: Split | None) -> None:
     """Refuse a parameter that its rule cannot step.
 
     Raises:
@@ -82,8 +90,19 @@ def check_member(member: Member, rule: Rule) -> None:
         raise ValueError(f"{where}: only real floating-point parameters can be stepped")
     if any(placement.is_partial() for placement in layout.placements):
         raise ValueError(f"{where}: a parameter cannot be Partial; redistribute it")
-    if not rule.elementwise and (len(layout.shape) != 2 or 0 in layout.shape):
+    if rule.elementwise:
+        return
+    if 0 in layout.shape:
+        raise ValueError(f"{where}: {rule.name} takes no empty parameter; {SCALAR}")
+    if split is not None:
+        try:
+            split.pieces(layout.shape)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+    elif len(layout.shape) > 2:
         raise ValueError(
-            f"{where}: {rule.name} takes non-empty matrices [m, n]; give this parameter to a group with "
-            "algorithm='adamw' or 'lion' (param_groups does so)"
+            f"{where}: {rule.name} takes matrices [m, n]; say with the group's split='experts' or 'flatten' (a "
+            f"convolution) how this parameter is cut into matrices, or {SCALAR}"
         )
+    elif len(layout.shape) < 2:
+        raise ValueError(f"{where}: {rule.name} takes matrices [m, n]; {SCALAR}")

@@ -3,28 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dion_dtensor.assembly import agreed_maximum, own_shard
-from dion_dtensor.buckets import Bucket, Member, local_of
+from dion_dtensor.buckets import Bucket
 from dion_dtensor.layout import StorageLayout, has_partial
+from dion_dtensor.members import Member, local_of
 
 __all__ = ["checked_gradients"]
 
-MISSING, FINE, PARTIAL, NOT_FINITE, MISLAID, SPARSE = range(6)
+MISSING, FINE, PARTIAL, NOT_FINITE, MISLAID, SPARSE, MOVED = range(7)
 
 
 def checked_gradients(
-    buckets: Sequence[Bucket], validate: bool
-) -> list[tuple[Bucket, list[Member], list[Tensor]]]:
-    """The members of each bucket that have a gradient, with their local gradients.
+    buckets: Sequence[Bucket], validate: bool, averaged: bool
+) -> list[tuple[Bucket, list[Member], list[Tensor], tuple[int, ...]]]:
+    """The members of each bucket that have a gradient, their local gradients, and axes still to be averaged over.
 
     Args:
         buckets: of the optimizer.
+        averaged: whether gradients are averages over the axes that their parameters do not know.
         validate: let all ranks of all meshes agree first; otherwise the gradients are taken as they are.
 
     Raises:
@@ -36,14 +39,42 @@ def checked_gradients(
             raise RuntimeError("no parameter was changed by this step:\n" + "\n".join(problems))
     work = []
     for bucket in buckets:
-        members, grads = [], []
-        for member in bucket.members:
-            if member.parameter.grad is not None:
-                members.append(member)
-                grads.append(own_shard(member.parameter.grad, member.layout))
+        members = [member for member in bucket.members if member.parameter.grad is not None]
+        laid = [_laid(member, averaged) for member in members]
+        may_wait = bool(bucket.rule.pending_states)
+        axes = {axis for grad in laid for axis in _pending(grad)} if may_wait else set()
+        grads = [
+            _local(grad, member.layout.partial(_pending(grad) if may_wait else ()))
+            for grad, member in zip(laid, members, strict=True)
+        ]
         if members:
-            work.append((bucket, members, grads))
+            work.append((bucket, members, grads, tuple(axes)))
     return work
+
+
+def _laid(member: Member, averaged: bool) -> Tensor:
+    """A gradient on all axes of its parameter's layout, also on those that the parameter itself does not know."""
+    grad, layout = member.parameter.grad, member.layout
+    assert grad is not None
+    if layout.mesh is None:
+        return grad
+    own = tuple(grad.placements) if isinstance(grad, DTensor) else ()
+    hidden = layout.mesh.ndim - len(own)
+    if not hidden:
+        return grad
+    placements = (Replicate() if averaged else Partial("avg"),) * hidden + own
+    return replace(layout, placements=placements, dtype=grad.dtype).wrap(local_of(grad).contiguous())
+
+
+def _pending(grad: Tensor) -> tuple[int, ...]:
+    """The axes over which ``grad`` is an average still to be taken."""
+    if not isinstance(grad, DTensor):
+        return ()
+    return tuple(axis for axis, placement in enumerate(grad.placements) if placement == Partial("avg"))
+
+
+def _local(grad: Tensor, layout: StorageLayout) -> Tensor:
+    return own_shard(grad, layout) if isinstance(grad, DTensor) else grad
 
 
 def _problems(members: Sequence[Member]) -> list[str]:
@@ -59,7 +90,13 @@ def _problems(members: Sequence[Member]) -> list[str]:
     texts = []
     for member, own, high, low in zip(members, mine, largest, smallest, strict=True):
         where = f"  {member.name} ({member.layout.describe()}): the gradient"
-        if high == SPARSE:
+        if high == MOVED:
+            texts.append(
+                f"  {member.name} ({member.layout.describe()}): the parameter now is "
+                f"{StorageLayout.of(member.parameter).describe()}; make the optimizer after the model is sharded, "
+                "and carry its state over by a checkpoint"
+            )
+        elif high == SPARSE:
             texts.append(f"{where} is sparse; make it dense")
         elif high == MISLAID:
             grad = member.parameter.grad
@@ -109,13 +146,19 @@ def _layout_code(member: Member) -> int:
         return MISSING
     if grad.is_sparse:
         return SPARSE
-    if isinstance(grad, DTensor) != (layout.mesh is not None):
+    own = member.parameter
+    now = StorageLayout.of(own)
+    hidden = len(layout.placements) - len(now.placements)
+    if now.shape != layout.shape or now.dtype != layout.dtype or now.placements != layout.placements[hidden:]:
+        return MOVED
+    if isinstance(grad, DTensor) != isinstance(own, DTensor) or grad.shape != own.shape:
         return MISLAID
     if isinstance(grad, DTensor):
-        if grad.device_mesh != layout.mesh:
+        assert isinstance(own, DTensor)
+        if grad.device_mesh != own.device_mesh:
             return MISLAID
         if has_partial(grad.placements):
             return PARTIAL
-        if tuple(grad.placements) != layout.placements:
+        if grad.placements != own.placements:
             return MISLAID
     return FINE

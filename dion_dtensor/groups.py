@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
+from dion_dtensor.matrices import Experts, Flatten, Heads, Split, parse_split
 from dion_dtensor.optimizer import OrthonormalOptimizer
 from dion_dtensor.rules import RULES
 
 __all__ = ["Audit", "AuditRow", "audit", "param_groups"]
 
 # Wrappers that put a prefix into a parameter's name without changing the model.
+HEADS = ("head", "lm_head", "embed_out")
+TOP_HEADS = ("output", "classifier", "fc", "score")
+CONVOLUTION = "convolution"
+EXPECTED = ("embedding", "output head", "excluded")
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -25,27 +30,33 @@ def param_groups(
     lr: float | Tensor | None = None,
     scalar_lr: float | Tensor | None = 3e-4,
     exclude: Sequence[str] = (),
+    split: Mapping[str, Split | str | Sequence[int]] | None = None,
+    heads: Mapping[str, int] | None = None,
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters: matrices to ``algorithm``, everything else to ``scalar``.
 
     To ``scalar`` go embeddings and whatever is tied to one, the output head (a Linear called "head" or "lm_head", or
-    "output", "classifier" or "fc" at the top of the model), 0-D and 1-D parameters, parameters of more than two dims,
-    and whatever ``exclude`` matches.  Works on plain, FSDP2- and TP-wrapped models.
+    "output", "classifier" or "fc" at the top of the model), 0-D and 1-D parameters, and whatever ``exclude`` matches.
+    A convolution's weight is one matrix (``split="flatten"``), any other 3-D weight a stack of experts
+    (``split="experts"``).  Works on plain, FSDP2- and TP-wrapped models, on Hugging Face's and torchvision's.
 
     Args:
         model: its trainable parameters are each claimed exactly once.
-        algorithm: "muon" or "dion"; "adamw" or "lion" put everything on that rule.
+        algorithm: "muon", "normuon", "dion", "dion2" or "dion3"; "adamw" or "lion" put everything on that rule.
         scalar: "adamw" or "lion".
         lr: of the matrices; None for the optimizer's.
         scalar_lr: of the rest; None for the optimizer's.
         exclude: regular expressions, searched in the fully qualified names.
+        split: by regular expression, how a weight is cut into logical matrices: sizes of its blocks of rows
+            ``(q, k, v)``, or a split or its text (see :mod:`dion_dtensor.matrices`).
+        heads: by regular expression, into how many equal blocks of rows a weight is cut.
 
     Returns:
-        Groups of ``(name, parameter)`` pairs with ``algorithm``, ``lr`` and ``reasons`` (by name).
+        Groups of ``(name, parameter)`` pairs with ``algorithm``, ``lr``, ``split`` and ``reasons`` (by name).
 
     Raises:
-        ValueError: an unknown rule, an ``exclude`` pattern that matches no parameter, or two parameters whose names
-            differ by wrappers only.
+        ValueError: an unknown rule, a pattern that matches no parameter or two that match one, or two parameters whose
+            names differ by wrappers only.
     """
     for argument, name in (("algorithm", algorithm), ("scalar", scalar)):
         if name not in RULES:
@@ -53,42 +64,42 @@ def param_groups(
     if not RULES[scalar].elementwise:
         raise ValueError(f"scalar={scalar!r} takes matrices only; choose an elementwise rule")
     every = _plain_names(model)
-    for pattern in exclude:
-        if not any(re.search(pattern, name) for name in every):
-            raise ValueError(f"exclude pattern {pattern!r} matches no parameter of the model")
-    named = [(name, parameter) for name, parameter in every.items() if parameter.requires_grad]
-    embeddings = {
-        id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()
-    }
-    heads = _heads(model)
-    matrices: dict[str, tuple[Tensor, str]] = {}
-    rest: dict[str, tuple[Tensor, str]] = {}
-    for name, parameter in named:
-        reason = None
-        if any(re.search(pattern, name) for pattern in exclude):
-            reason = "excluded"
-        elif id(parameter) in embeddings:
-            reason = "embedding"
-        elif id(parameter) in heads:
-            reason = "output head"
-        elif parameter.ndim != 2:
-            reason = f"{parameter.ndim}-D"
-        if reason is None or RULES[algorithm].elementwise:
-            matrices[name] = (parameter, reason or "matrix")
-        else:
-            rest[name] = (parameter, reason)
-    groups = []
-    for rule, rate, chosen in ((algorithm, lr, matrices), (scalar, scalar_lr, rest)):
-        if chosen:
-            group: dict[str, Any] = {
-                "params": [(name, parameter) for name, (parameter, _) in chosen.items()],
-                "algorithm": rule,
-                "reasons": {name: reason for name, (_, reason) in chosen.items()},
-            }
+    splits = {pattern: parse_split(how) for pattern, how in (split or {}).items()}
+    splits |= {pattern: Heads(count) for pattern, count in (heads or {}).items()}
+    for argument, patterns in (("exclude", exclude), ("split", split or {}), ("heads", heads or {})):
+        for pattern in patterns:
+            if not any(re.search(pattern, name) for name in every):
+                raise ValueError(f"{argument} pattern {pattern!r} matches no parameter of the model")
+    of_modules = _by_module(model)
+    groups: dict[tuple[str, str | None], dict[str, Any]] = {}
+    for name, parameter in every.items():
+        if not parameter.requires_grad:
+            continue
+        matching = [pattern for pattern in splits if re.search(pattern, name)]
+        if len(matching) > 1:
+            raise ValueError(f"{name} is matched by {matching}; a parameter is split in one way")
+        why = "excluded" if any(re.search(pattern, name) for pattern in exclude) else None
+        why = why or of_modules.get(id(parameter)) or (f"{parameter.ndim}-D" if parameter.ndim < 2 else None)
+        cut: str | None = None
+        if matching and why is None:
+            cut = str(splits[matching[0]])
+            why = f"{parameter.ndim}-D, {cut}"
+        elif why == CONVOLUTION or (why is None and parameter.ndim > 3):
+            cut = str(Flatten())
+        elif why is None and parameter.ndim == 3:
+            cut, why = str(Experts()), "3-D, a stack of matrices"
+        to_matrices = why is None or cut is not None or RULES[algorithm].elementwise
+        rule, rate = (algorithm, lr) if to_matrices else (scalar, scalar_lr)
+        if RULES[rule].elementwise:
+            cut = None
+        key = (rule if to_matrices else "rest", cut)
+        if key not in groups:
+            groups[key] = {"params": [], "algorithm": rule, "split": cut, "reasons": {}}
             if rate is not None:
-                group["lr"] = rate
-            groups.append(group)
-    return groups
+                groups[key]["lr"] = rate
+        groups[key]["params"].append((name, parameter))
+        groups[key]["reasons"][name] = why or "matrix"
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0] == "rest", key[1] or ""))]
 
 
 def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -104,26 +115,40 @@ def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
     return plain
 
 
-def _heads(model: nn.Module) -> set[int]:
-    """The weights of output heads: Linear modules named so."""
-    found = set()
+def _by_module(model: nn.Module) -> dict[int, str]:
+    """What the module of a parameter says of it; embeddings last, since a tied head is one."""
+    found = {}
     for name, module in model.named_modules():
         last = name.rsplit(".", 1)[-1]
-        if isinstance(module, nn.Linear) and (
-            last in ("head", "lm_head") or name in ("output", "classifier", "fc")
-        ):
-            found.add(id(module.weight))
+        if isinstance(module, nn.modules.conv._ConvNd):
+            found[id(module.weight)] = CONVOLUTION
+        elif isinstance(module, nn.Linear) and (last in HEADS or name in TOP_HEADS):
+            found[id(module.weight)] = "output head"
+    for module in model.modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+            found.update({id(parameter): "embedding" for parameter in module.parameters()})
     return found
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One parameter: ``rule``, the ``matrices`` that are orthonormalized, the factor on lr, the layout, and why."""
+    """One parameter.
+
+    Attributes:
+        name: fully qualified.
+        rule: the algorithm.
+        matrices: how many logical matrices of which shape are orthonormalized, "-" for none.
+        scale: the factors on lr, by shape.
+        way: how a matrix comes to be whole: "local", "assembled", ...; "-" for none.
+        layout: shape, dtype, mesh and placements.
+        why: the reason for the rule.
+    """
 
     name: str
     rule: str
     matrices: str
-    scale: float
+    scale: tuple[float, ...]
+    way: str
     layout: str
     why: str
 
@@ -135,9 +160,18 @@ class Audit:
     rows: tuple[AuditRow, ...]
 
     def __str__(self) -> str:
-        head = ("parameter", "rule", "orthonormalized", "lr factor", "layout", "why")
+        head = ("parameter", "rule", "orthonormalized", "lr factor", "way", "layout", "why")
         cells = [head] + [
-            (row.name, row.rule, row.matrices, f"{row.scale:.4g}", row.layout, row.why) for row in self.rows
+            (
+                row.name,
+                row.rule,
+                row.matrices,
+                ", ".join(f"{scale:.4g}" for scale in row.scale),
+                row.way,
+                row.layout,
+                row.why,
+            )
+            for row in self.rows
         ]
         widths = [max(len(line[column]) for line in cells) for column in range(len(head))]
         lines = [
@@ -147,22 +181,43 @@ class Audit:
         return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
 
 
-def audit(optimizer: OrthonormalOptimizer) -> Audit:
+def audit(optimizer: OrthonormalOptimizer, strict: bool = False) -> Audit:
     """What ``optimizer`` does with each parameter, in the order of its groups.
 
     Args:
-        optimizer: a :class:`~dion_dtensor.Muon` or :class:`~dion_dtensor.Dion`.
+        optimizer: any of this package.
+        strict: raise if a parameter of two or more dims is not orthonormalized, for another reason than that it is an
+            embedding, an output head, or excluded by name.
 
     Returns:
         One row a parameter; print it for a table.
+
+    Raises:
+        ValueError: with ``strict``, naming the parameters.
     """
     rows = {}
     for bucket in optimizer.buckets:
         for member in bucket.members:
-            rule, shape = bucket.rule, member.layout.shape
-            whole = "-" if rule.elementwise else "1 of " + "x".join(map(str, shape))
             why = bucket.group.get("reasons", {}).get(member.name, "asked for by its group")
-            row = AuditRow(member.name, rule.name, whole, bucket.scale, member.layout.describe(), why)
+            pieces = member.form.pieces if member.form else ()
+            row = AuditRow(
+                name=member.name,
+                rule=bucket.rule.name,
+                matrices=", ".join(f"{p.count} of {p.m}x{p.n}" for p in pieces) or "-",
+                scale=bucket.scales(),
+                way=bucket.way(),
+                layout=member.layout.describe(),
+                why=why,
+            )
             rows[id(member.parameter)] = row
-    order = [id(p) for group in optimizer.param_groups for p in group["params"]]
-    return Audit(tuple(rows[key] for key in order))
+    order = [p for group in optimizer.param_groups for p in group["params"]]
+    found = Audit(tuple(rows[id(p)] for p in order))
+    if strict:
+        left = [
+            f"{row.name} ({row.layout}): {row.rule}, {row.why}"
+            for row, parameter in zip(found.rows, order, strict=True)
+            if row.matrices == "-" and parameter.ndim >= 2 and row.why not in EXPECTED
+        ]
+        if left:
+            raise ValueError("matrices that are not orthonormalized:\n  " + "\n  ".join(left))
+    return found

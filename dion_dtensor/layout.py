@@ -5,6 +5,8 @@ Words: an *axis* belongs to a ``DeviceMesh``, a *dim* to a tensor.  Everything h
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -14,7 +16,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-__all__ = ["StorageLayout", "compute_placements", "move_shard", "shard_dim"]
+__all__ = [
+    "StorageLayout",
+    "compute_placements",
+    "joined",
+    "move_shard",
+    "owners",
+    "shard_dim",
+    "sharing_axes",
+]
 
 
 def shard_dim(placement: Placement) -> int | None:
@@ -42,6 +52,7 @@ class StorageLayout:
         device: device of the local shard.
         mesh: the mesh of a DTensor, None for a plain tensor.
         placements: one per mesh axis, empty for a plain tensor.
+        apart: axes whose ranks hold different logical matrices (experts); ``placements`` say Replicate there.
     """
 
     shape: tuple[int, ...]
@@ -49,14 +60,26 @@ class StorageLayout:
     device: torch.device
     mesh: DeviceMesh | None = None
     placements: tuple[Placement, ...] = ()
+    apart: tuple[int, ...] = ()
 
     @classmethod
-    def of(cls, tensor: Tensor) -> StorageLayout:
-        """The layout of ``tensor``, a plain tensor or a DTensor of any placements."""
+    def of(cls, tensor: Tensor, replicate_mesh: DeviceMesh | None = None) -> StorageLayout:
+        """The layout of ``tensor``, a plain tensor or a DTensor of any placements.
+
+        Args:
+            tensor: what is laid out.
+            replicate_mesh: further axes, unknown to ``tensor``, whose ranks hold the same; they come first.
+
+        Raises:
+            ValueError: ``replicate_mesh`` and the mesh of ``tensor`` are not named axes of one root mesh.
+        """
         shape = tuple(tensor.shape)
-        if isinstance(tensor, DTensor):
-            return cls(shape, tensor.dtype, tensor.device, tensor.device_mesh, tuple(tensor.placements))
-        return cls(shape, tensor.dtype, tensor.device)
+        mesh = tensor.device_mesh if isinstance(tensor, DTensor) else None
+        placements = tuple(tensor.placements) if isinstance(tensor, DTensor) else ()
+        if replicate_mesh is not None:
+            mesh = replicate_mesh if mesh is None else joined(replicate_mesh, mesh)
+            placements = (Replicate(),) * replicate_mesh.ndim + placements
+        return cls(shape, tensor.dtype, tensor.device, mesh, placements)
 
     def describe(self) -> str:
         """For messages and the audit: shape, dtype and ``axis=placement`` for each mesh axis."""
@@ -71,15 +94,25 @@ class StorageLayout:
         return f"{text} on {', '.join(parts)}"
 
     def stacked(self, count: int) -> StorageLayout:
-        """The layout of ``count`` such tensors stacked along a new leading dim."""
-        placements = tuple(
+        """The layout of a stack, along a new leading dim, of which each rank holds ``count`` such tensors."""
+        placements = [
             placement if (dim := shard_dim(placement)) is None else move_shard(placement, dim + 1)
             for placement in self.placements
-        )
-        return replace(self, shape=(count, *self.shape), placements=placements)
+        ]
+        for axis in self.apart:
+            assert self.mesh is not None
+            placements[axis] = Shard(0)
+            count *= self.mesh.size(axis)
+        return replace(self, shape=(count, *self.shape), placements=tuple(placements), apart=())
 
-    def derived(self, dims: Sequence[str | None], sizes: Sequence[int], dtype: torch.dtype) -> StorageLayout:
-        """The layout of a state of a matrix ``[row, column]`` whose dims are named in ``dims``.
+    def derived(
+        self,
+        dims: Sequence[str | None],
+        sizes: Sequence[int],
+        dtype: torch.dtype,
+        own_dims: Sequence[str] = ("row", "column"),
+    ) -> StorageLayout:
+        """The layout of a state of a tensor whose dims are ``own_dims``, and the state's ``dims``.
 
         A mesh axis that shards rows shards the state's "row" dim in the same way, likewise "column".  Where the
         state lacks that dim, the axis shards its "rank" dim, so that no rank holds more than its share, or
@@ -90,12 +123,45 @@ class StorageLayout:
             dim = shard_dim(placement)
             if dim is None:
                 return placement
-            name = ("row", "column")[dim]
+            name = own_dims[dim]
             if name in dims:
                 return move_shard(placement, dims.index(name))
             return Shard(dims.index("rank")) if "rank" in dims else Replicate()
 
         return replace(self, shape=tuple(sizes), dtype=dtype, placements=tuple(map(placed, self.placements)))
+
+    def local_shape(self) -> tuple[int, ...]:
+        """The shape of this rank's shard."""
+        here = self.mesh.get_coordinate() if self.mesh is not None else ()
+        assert here is not None
+        return tuple(
+            len(held[tuple(here[axis] for axis in self.axes_sharding(dim))])
+            for dim, held in enumerate(self._held())
+        )
+
+    def largest_shard(self) -> int:
+        """Elements of the largest shard of any rank, the same on all ranks."""
+        return math.prod(max(map(len, held.values())) for held in self._held())
+
+    def _held(self) -> list[dict[tuple[int, ...], list[int]]]:
+        """For each dim, the indices that each rank holds."""
+        return [
+            owners(
+                size,
+                tuple(self.mesh.size(axis) for axis in self.axes_sharding(dim)) if self.mesh else (),
+                tuple(self.placements[axis] for axis in self.axes_sharding(dim)),
+            )
+            for dim, size in enumerate(self.shape)
+        ]
+
+    def axes_sharding(self, dim: int) -> tuple[int, ...]:
+        """The mesh axes that shard ``dim``."""
+        return tuple(axis for axis, placement in enumerate(self.placements) if shard_dim(placement) == dim)
+
+    def partial(self, axes: Sequence[int]) -> StorageLayout:
+        """The same, with values still to be averaged over ``axes``."""
+        placements = tuple(Partial("avg") if axis in axes else p for axis, p in enumerate(self.placements))
+        return replace(self, placements=placements)
 
     def wrap(self, local: Tensor) -> Tensor:
         """The tensor of this layout whose local shard is ``local`` (no copy, no communication).
@@ -110,25 +176,77 @@ class StorageLayout:
         )
 
 
+def joined(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
+    """The mesh of the axes of two slices of one root mesh, those of ``first`` first.
+
+    Raises:
+        ValueError: axes without names, or of another root mesh.
+    """
+    names = (first.mesh_dim_names or ()) + (second.mesh_dim_names or ())
+    root = second._get_root_mesh()
+    if len(names) != first.ndim + second.ndim or not set(names) <= set(root.mesh_dim_names or ()):
+        raise ValueError(
+            f"replicate_mesh {first} and the parameter's mesh {second} must be slices, by name, of one root mesh, "
+            "such as mesh['replicate'] and mesh['shard'] of one mesh with the axes 'replicate' and 'shard'"
+        )
+    return root[names]
+
+
+@functools.cache
+def owners(
+    size: int, sizes: tuple[int, ...], placements: tuple[Placement, ...]
+) -> dict[tuple[int, ...], list[int]]:
+    """Which indices of a dim of ``size`` each rank holds.
+
+    Args:
+        size: of the dim.
+        sizes: of the mesh axes that shard it, in the order of the mesh.
+        placements: on those axes.
+
+    Returns:
+        By coordinates on those axes, the indices in the order in which the local shard has them.
+    """
+    held: dict[tuple[int, ...], Tensor] = {(): torch.arange(size)}
+    for ranks, placement in zip(sizes, placements, strict=True):
+        split = {}
+        for place, indices in held.items():
+            parts, _ = move_shard(placement, 0)._split_tensor(  # type: ignore[attr-defined]
+                indices, ranks, with_padding=False, contiguous=False
+            )
+            split.update({(*place, rank): part for rank, part in enumerate(parts)})
+        held = split
+    return {place: indices.tolist() for place, indices in held.items()}
+
+
 def compute_placements(
     mesh: DeviceMesh, placements: Sequence[Placement], count: int
 ) -> tuple[tuple[Placement, ...], int]:
     """Where the ranks work on ``count`` whole matrices of a stack: ``(placements, ranks that share the work)``.
 
+    An axis that shards the stack's own dim stays as it is: its ranks hold different matrices already.
+
     An axis splits the stack as long as padding the stack at most doubles it; a longer axis would move and compute
     more zeros than matrices, so there every rank assembles (or keeps) the matrices and repeats the work.  A pure
     function of the mesh, the placements and ``count``: all ranks decide alike.
     """
-    chosen: list[Placement] = [Replicate()] * mesh.ndim
-    remaining, ranks = count, 1
     # Sharded axes first: they must communicate anyway, and splitting the stack spares them the larger all-gather.
-    for axis in sorted(range(mesh.ndim), key=lambda axis: isinstance(placements[axis], Replicate)):
-        size = mesh.size(axis)
+    axes = sorted(
+        (axis for axis in range(mesh.ndim) if shard_dim(placements[axis]) != 0),
+        key=lambda axis: isinstance(placements[axis], Replicate),
+    )
+    split, ranks = sharing_axes(mesh, axes, count)
+    return tuple(Shard(0) if axis in split else Replicate() for axis in range(mesh.ndim)), ranks
+
+
+def sharing_axes(mesh: DeviceMesh, axes: Sequence[int], count: int) -> tuple[tuple[int, ...], int]:
+    """Those of ``axes`` whose ranks share ``count`` matrices, and how many ranks that makes."""
+    split, ranks = [], 1
+    for axis in axes:
+        size, remaining = mesh.size(axis), -(-count // ranks)
         if remaining > 1 and -(-remaining // size) * size <= 2 * remaining:
-            chosen[axis] = Shard(0)
-            remaining = -(-remaining // size)
+            split.append(axis)
             ranks *= size
-    return tuple(chosen), ranks
+    return tuple(split), ranks
 
 
 def has_partial(placements: Sequence[Placement]) -> bool:

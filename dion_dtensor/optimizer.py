@@ -3,24 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh
 
-from dion_dtensor.buckets import Bucket, Member, make_buckets
+from dion_dtensor.buckets import Bucket, make_buckets
 from dion_dtensor.checks import check_group, check_member, check_options
 from dion_dtensor.gradients import checked_gradients
 from dion_dtensor.layout import StorageLayout
-from dion_dtensor.orthonormalize import resolve_polynomial
+from dion_dtensor.matrices import parse_split
+from dion_dtensor.members import Member, form_of
 from dion_dtensor.rules import RULES
 from dion_dtensor.state import adopt, check_states, load_states
 
-__all__ = ["Dion", "Muon", "OrthonormalOptimizer"]
+__all__ = ["Common", "OrthonormalOptimizer"]
+
+
+DECAY = {"weight_decay": 0.01, "cautious": False, "maximize": False}
+
+
+class Common(TypedDict, total=False):
+    """What every optimizer takes by keyword.
+
+    Attributes:
+        weight_decay: decoupled, by the base ``lr``, before the update; default 0.01.
+        cautious: decay only where the update shrinks the weight; default False.
+        maximize: ascend; default False.
+        compute_dtype: dtype of the orthonormalization; None (default) for bfloat16 on CUDA and float32 elsewhere.
+            float64 parameters are computed in float64 throughout.
+        momentum_dtype: dtype of the state; None (default) for the parameter's.
+        compile: run each bucket's update under ``torch.compile(fullgraph=True)``; default True.
+        validate: before each step, let all ranks agree that every gradient is present, finite and laid out like its
+            parameter; default True.
+        replicate_mesh: a mesh (or process group) that the parameters do not know, over whose ranks they are
+            replicated: that of DistributedDataParallel, or the axis beside FSDP2's.  The work is split among them.
+        averaged: whether gradients arrive averaged over ``replicate_mesh``; default True.  Otherwise the step averages
+            them; Dion keeps a momentum a rank instead and averages P and R alone, see :class:`Dion`.
+        max_bucket_bytes: parameters whose shards take more are stepped in several turns; a turn needs about four times
+            as many bytes for a while.  None (default) for no limit.
+    """
+
+    weight_decay: float
+    cautious: bool
+    maximize: bool
+    compute_dtype: torch.dtype | None
+    momentum_dtype: torch.dtype | None
+    compile: bool
+    validate: bool
+    replicate_mesh: DeviceMesh | ProcessGroup | None
+    averaged: bool
+    max_bucket_bytes: int | None
 
 
 class OrthonormalOptimizer(torch.optim.Optimizer):
-    """An optimizer whose groups each follow a rule; the base of :class:`Muon` and :class:`Dion`.
+    """An optimizer whose groups each follow a rule; the base of :class:`Muon` and its kind.
 
     Use the subclasses.  Parameters are tensors or DTensors of any placements on any meshes; the update is that of one
     device.  A group's ``"algorithm"`` names its rule (the optimizer's own by default), and its further entries are
@@ -30,8 +69,10 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         params: param groups (see :func:`dion_dtensor.param_groups`), parameters, or ``(name, parameter)`` pairs.
         algorithm: the rule of groups that name none.
         options: hyperparameters of ``algorithm``.
-        lr, weight_decay, cautious, maximize: defaults of every group.
-        seed, compute_dtype, momentum_dtype, compile, validate: see :class:`Muon`.
+        lr: default of every group.
+        seed: of initial values.
+        resync_every: steps after which a momentum that differs among ranks is averaged; None for never.
+        common: see :class:`Common`.
 
     Raises:
         ValueError: a hyperparameter out of range, an unknown algorithm, or a parameter that a rule cannot take; the
@@ -45,26 +86,28 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         algorithm: str,
         options: Mapping[str, Any],
         lr: float | Tensor,
-        weight_decay: float,
-        cautious: bool,
-        maximize: bool,
-        seed: int,
-        compute_dtype: torch.dtype | None,
-        momentum_dtype: torch.dtype | None,
-        compile: bool,
-        validate: bool,
+        seed: int = 0,
+        resync_every: int | None = None,
+        **common: Unpack[Common],
     ) -> None:
-        self.algorithm, self.validate = algorithm, validate
+        self.algorithm, self.validate = algorithm, common.get("validate", True)
+        self.averaged, self.resync_every, self._steps = common.get("averaged", True), resync_every, 0
+        self.replicate_mesh = _mesh_of(common.get("replicate_mesh"))
         self._algorithm_options = dict(options)
         self._bucket_options = {
             "seed": seed,
-            "momentum_dtype": momentum_dtype,
-            "compute_dtype": compute_dtype,
-            "compile": compile,
+            "momentum_dtype": common.get("momentum_dtype"),
+            "compute_dtype": common.get("compute_dtype"),
+            "compile": common.get("compile", True),
+            "max_bucket_bytes": common.get("max_bucket_bytes"),
         }
-        check_options(compute_dtype, momentum_dtype)
+        unknown = set(common) - set(Common.__annotations__)
+        if unknown:
+            raise TypeError(f"{type(self).__name__} takes no {sorted(unknown)}")
+        check_options(self._bucket_options, resync_every)
         self.buckets: list[Bucket] = []
-        defaults = {"lr": lr, "weight_decay": weight_decay, "cautious": cautious, "maximize": maximize}
+        decay = {key: common.get(key, default) for key, default in DECAY.items()}
+        defaults = {"lr": lr, **decay}
         super().__init__(params, defaults)
         followed = {group["algorithm"] for group in self.param_groups}
         others = {name for name in followed if not RULES[name].elementwise and name != algorithm}
@@ -87,6 +130,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         own = self._algorithm_options if name == self.algorithm else {}
         for key, default in RULES[name].defaults.items():
             group.setdefault(key, own.get(key, default))
+        group["split"] = None if (split := parse_split(group.get("split"))) is None else str(split)
         check_group({**self.defaults, **group})
         super().add_param_group(group)
         try:
@@ -99,9 +143,14 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         rule = RULES[group["algorithm"]]
         numbered = [f"group {position} parameter {index}" for index in range(len(group["params"]))]
         names = group.get("param_names") or numbered
-        members = [Member(n, p, StorageLayout.of(p)) for n, p in zip(names, group["params"], strict=True)]
-        for member in members:
-            check_member(member, rule)
+        split = parse_split(group["split"])
+        members = []
+        for name, parameter in zip(names, group["params"], strict=True):
+            member = Member(name, parameter, StorageLayout.of(parameter, self.replicate_mesh))
+            check_member(member, rule, split)
+            if not rule.elementwise:
+                member.form = form_of(member.layout, split)
+            members.append(member)
         new = make_buckets(rule, group, members, self._bucket_options)
         self.buckets.extend(new)
         for member in members:
@@ -133,9 +182,23 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         adopt(self._members(), self.state)
-        for bucket, members, grads in checked_gradients(self.buckets, self.validate):
-            bucket.step(members, grads)
+        for bucket, members, grads, pending in checked_gradients(self.buckets, self.validate, self.averaged):
+            bucket.step(members, grads, pending)
+        self._steps += 1
+        if self.resync_every and self._steps % self.resync_every == 0:
+            self.synchronize()
         return loss
+
+    @torch.no_grad()
+    def synchronize(self) -> None:
+        """Average a momentum that differs among ranks (see :class:`Dion`); all ranks must call it together."""
+        for bucket in self.buckets:
+            bucket.synchronize()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As ever; where a momentum differs among ranks it is averaged first, so all ranks must call it together."""
+        self.synchronize()
+        return super().state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load hyperparameters and state, all or nothing; the state is copied into place, in its own dtype.
@@ -158,6 +221,12 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                     raise ValueError(
                         f"{first.name} ({first.layout.describe()}) and its group follow {own['algorithm']!r}; the "
                         f"loaded group follows {group.get('algorithm')!r}"
+                    )
+                if group.get("split") != own["split"]:
+                    first = next(m for m in self._members() if m.parameter is own["params"][0])
+                    raise ValueError(
+                        f"{first.name} ({first.layout.describe()}) is split as {own['split']}; the loaded group as "
+                        f"{group.get('split')}"
                     )
                 kept = {key: value for key, value in own.items() if key != "params"}
                 groups.append({**kept, **group})
@@ -189,7 +258,16 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("algorithm", "validate", "_algorithm_options", "_bucket_options")
+        own = (
+            "algorithm",
+            "validate",
+            "averaged",
+            "resync_every",
+            "replicate_mesh",
+            "_steps",
+            "_algorithm_options",
+            "_bucket_options",
+        )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -204,137 +282,9 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         load_states(members, [states[member.parameter] for member in members])
 
 
-class Muon(OrthonormalOptimizer):
-    """Muon on any mesh: momentum, orthonormalized as whole matrices.
-
-    Source: Jordan et al. 2024 (KellerJordan/Muon); conventions of microsoft/dion by default.
-
-    Args:
-        params: param groups (see :func:`dion_dtensor.param_groups`), matrices ``[m, n]``, or ``(name, matrix)`` pairs.
-        lr: base learning rate, a float or a 0-d tensor.
-        mu: momentum factor, in [0, 1).
-        nesterov: look one momentum step ahead.
-        momentum: "sum" (``M <- mu M + G``) or "ema" (``M <- mu M + (1 - mu) G``).
-        polynomial: "polar_express", "keller", "you", "polar_express_gns", "cans", or triples ``(a, b, c)``.
-        epsilon: keeps a zero momentum at zero; ``epsilon_rule`` "add" or "clamp" says where it stands.
-        epsilon_rule: see :func:`dion_dtensor.orthonormalize.newton_schulz`.
-        norm_factor: factor on the norm before the polynomial; None for the one that belongs to the polynomial.
-        scale: "spectral_norm" (sqrt(m/n)), "keller" (sqrt(max(1, m/n))), "moonlight" (0.2 sqrt(max(m, n))), "nvidia"
-            (sqrt(max(m, n))), or None, by the full shape.
-        weight_decay: decoupled, by the base ``lr``, before the update.
-        cautious: decay only where the update shrinks the weight.
-        maximize: ascend.
-        compute_dtype: dtype of the polynomial; None for bfloat16 on CUDA and float32 elsewhere.  float64 parameters are
-            computed in float64.
-        momentum_dtype: dtype of the state; None for the parameter's.
-        compile: run each bucket's update under ``torch.compile(fullgraph=True)``.
-        validate: before each step, let all ranks agree that every gradient is present, finite and laid out like its
-            parameter.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 0.01,
-        mu: float = 0.95,
-        nesterov: bool = False,
-        *,
-        momentum: str = "sum",
-        polynomial: str | tuple[tuple[float, float, float], ...] = "polar_express",
-        epsilon: float = 1e-8,
-        epsilon_rule: str = "add",
-        norm_factor: float | None = None,
-        scale: str | None = "spectral_norm",
-        weight_decay: float = 0.01,
-        cautious: bool = False,
-        maximize: bool = False,
-        compute_dtype: torch.dtype | None = None,
-        momentum_dtype: torch.dtype | None = None,
-        compile: bool = True,
-        validate: bool = True,
-    ) -> None:
-        if not isinstance(polynomial, str):
-            polynomial = resolve_polynomial(polynomial)
-        options = {
-            "mu": mu,
-            "nesterov": nesterov,
-            "momentum": momentum,
-            "polynomial": polynomial,
-            "epsilon": epsilon,
-            "epsilon_rule": epsilon_rule,
-            "norm_factor": norm_factor,
-            "scale": scale,
-        }
-        super().__init__(
-            params,
-            algorithm="muon",
-            options=options,
-            lr=lr,
-            weight_decay=weight_decay,
-            cautious=cautious,
-            maximize=maximize,
-            seed=0,
-            compute_dtype=compute_dtype,
-            momentum_dtype=momentum_dtype,
-            compile=compile,
-            validate=validate,
-        )
-
-
-class Dion(OrthonormalOptimizer):
-    """Dion on any mesh: a rank-r orthonormal update; of a matrix ``[m, n]`` only ``[max(m, n), r]`` is assembled.
-
-    Source: Ahn et al., arXiv 2504.05295; conventions of microsoft/dion.
-
-    Args:
-        params, lr, weight_decay, cautious, maximize, momentum_dtype, compile, validate: as for :class:`Muon`.
-        mu: 1 minus the part of the approximation that the error feedback takes from the momentum.
-        rank_fraction: r = rank_multiple * ceil(rank_fraction * min(m, n) / rank_multiple), at most min(m, n).
-        rank_multiple: see ``rank_fraction``.
-        epsilon: added to the column norms of Q.
-        scale: as for :class:`Muon`.
-        seed: of the initial Q, which depends on (seed, name, row, column) only.
-        compute_dtype: dtype of the products P R^T and P Q^T; None for bfloat16 on CUDA and float32 elsewhere.  M Q,
-            M^T P, the QR and the norms stay in the state's dtype or float32, whichever is wider.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor = 0.01,
-        mu: float = 0.95,
-        *,
-        rank_fraction: float = 1.0,
-        rank_multiple: int = 1,
-        epsilon: float = 1e-8,
-        scale: str | None = "spectral_norm",
-        weight_decay: float = 0.01,
-        cautious: bool = False,
-        maximize: bool = False,
-        seed: int = 0,
-        compute_dtype: torch.dtype | None = None,
-        momentum_dtype: torch.dtype | None = None,
-        compile: bool = True,
-        validate: bool = True,
-    ) -> None:
-        options = {
-            "mu": mu,
-            "rank_fraction": rank_fraction,
-            "rank_multiple": rank_multiple,
-            "epsilon": epsilon,
-            "scale": scale,
-        }
-        super().__init__(
-            params,
-            algorithm="dion",
-            options=options,
-            lr=lr,
-            weight_decay=weight_decay,
-            cautious=cautious,
-            maximize=maximize,
-            seed=seed,
-            compute_dtype=compute_dtype,
-            momentum_dtype=momentum_dtype,
-            compile=compile,
-            validate=validate,
-        )
+def _mesh_of(replicas: DeviceMesh | ProcessGroup | None) -> DeviceMesh | None:
+    if replicas is None or isinstance(replicas, DeviceMesh):
+        return replicas
+    return DeviceMesh.from_group(
+        replicas, "cuda" if torch.cuda.is_available() and replicas.name() == "nccl" else "cpu"
+    )

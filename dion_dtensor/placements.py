@@ -10,11 +10,25 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch.distributed.tensor import Partial, Placement, Replicate
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
-from dion_dtensor.layout import move_shard, shard_dim
+from dion_dtensor.layout import move_shard, owners, shard_dim
 
-__all__ = ["of_norm", "of_product", "of_reduced", "of_transposed", "of_whole_dim", "same", "suit"]
+__all__ = [
+    "axes_sharding",
+    "of_apart",
+    "of_exchanged",
+    "of_pending",
+    "of_product",
+    "of_reduced",
+    "of_rows",
+    "of_transposed",
+    "of_whole_dim",
+    "rows_here",
+    "same",
+    "suit",
+]
 
 Placements = tuple[Placement, ...]
 Arguments = ParamSpec("Arguments")
@@ -35,9 +49,13 @@ def same(left: Placements, right: Placements) -> bool:
 
 @constant
 def suit(placements: Placements, others: Placements, whole: tuple[int, ...]) -> bool:
-    """Whether a tensor may be combined with another elementwise, whose dims ``whole`` have size one."""
+    """Whether a tensor may be combined with another elementwise, whose dims ``whole`` have size one.
+
+    An average that is still pending is linear: the same value may be added on each of its ranks.
+    """
     return all(
-        ours == theirs or (shard_dim(ours) in whole and isinstance(theirs, Replicate))
+        ours == theirs
+        or (isinstance(theirs, Replicate) and (shard_dim(ours) in whole or ours == Partial("avg")))
         for ours, theirs in zip(placements, others, strict=True)
     )
 
@@ -49,15 +67,55 @@ def of_reduced(placements: Placements) -> Placements:
 
 
 @constant
+def of_apart(placements: Placements) -> Placements:
+    """Axes whose ranks hold different matrices left alone, as if they held the same."""
+    return tuple(Replicate() if shard_dim(p) == 0 else p for p in placements)
+
+
+@constant
+def axes_sharding(placements: Placements, dim: int) -> tuple[int, ...]:
+    """The axes that shard ``dim``."""
+    return tuple(axis for axis, p in enumerate(placements) if shard_dim(p) == dim)
+
+
+@constant
+def rows_here(mesh: DeviceMesh, placements: Placements, rows: int) -> tuple[int, ...]:
+    """The rows of matrices ``[rows, n]`` in a stack with ``placements`` that this rank holds."""
+    axes = [axis for axis, p in enumerate(placements) if shard_dim(p) == 1]
+    here = mesh.get_coordinate()
+    assert here is not None
+    held = owners(rows, tuple(mesh.size(axis) for axis in axes), tuple(placements[axis] for axis in axes))
+    return tuple(held[tuple(here[axis] for axis in axes)])
+
+
+@constant
+def of_exchanged(placements: Placements, split: tuple[int, ...]) -> Placements:
+    """Rows gone to the ranks that work on them: the axes ``split`` share the stack, no other shards rows."""
+    return tuple(
+        Shard(0) if axis in split else Replicate() if shard_dim(p) == 1 else p
+        for axis, p in enumerate(placements)
+    )
+
+
+@constant
+def of_rows(placements: Placements) -> Placements:
+    """A stack ``[N, k, 1]`` beside one with ``placements``: whole, but where ranks hold different matrices."""
+    return tuple(p if shard_dim(p) == 0 else Replicate() for p in placements)
+
+
+@constant
 def of_whole_dim(placements: Placements, dim: int) -> Placements:
     """``dim`` assembled on every rank."""
     return tuple(Replicate() if shard_dim(p) == dim else p for p in placements)
 
 
 @constant
-def of_norm(placements: Placements, dims: tuple[int, ...]) -> Placements:
-    """Sums over ``dims`` of each shard."""
-    return tuple(Partial("sum") if shard_dim(p) in dims else p for p in placements)
+def of_pending(placements: Placements, dims: tuple[int, ...], operation: str) -> Placements:
+    """What each shard holds of a reduction over ``dims``.
+
+    A reduction of values whose average is pending becomes the average of the reductions.
+    """
+    return tuple(Partial(operation) if shard_dim(p) in dims else p for p in placements)
 
 
 @constant
@@ -79,7 +137,9 @@ def of_product(left: Placements, right: Placements) -> Placements:
 def _of_product(left: Placement, right: Placement) -> Placement:
     if shard_dim(left) == 2 and right == move_shard(left, 1):
         return Partial("sum")
-    if isinstance(right, Replicate) and (shard_dim(left) == 1 or isinstance(left, Replicate)):
+    if shard_dim(left) == 0 and left == right:
+        return left
+    if isinstance(right, Replicate) and (shard_dim(left) == 1 or isinstance(left, Partial | Replicate)):
         return left
     if isinstance(left, Replicate) and shard_dim(right) == 2:
         return right

@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dion_dtensor.assembly import own_shard, scattered
-from dion_dtensor.buckets import Member
 from dion_dtensor.layout import StorageLayout
+from dion_dtensor.members import Member
 
 __all__ = ["adopt", "check_states", "load_states"]
 

@@ -23,6 +23,7 @@ from dion_dtensor.assembly import (
 )
 from dion_dtensor.orthonormalize import orthonormal_basis
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
+from dion_dtensor.rules.shared import check_fraction, check_mu
 
 __all__ = ["DION"]
 
@@ -33,6 +34,7 @@ class Hyper(NamedTuple):
     mu: Scalar
     epsilon: Scalar
     transposed: bool
+    right_factor: str
     compute_dtype: torch.dtype
 
 
@@ -50,15 +52,24 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     B = transposed(momentum) if hyper.transposed else momentum
     Q = elementwise(lambda Q: Q.to(wide), whole_dim(state.Q, -1))
 
-    roundings = elementwise(torch.mul, norm(Q, (-2,)), norm(B, (-2, -1)))
+    lengths = norm(Q, (-2,))
+    roundings = elementwise(torch.mul, lengths, norm(B, (-2, -1)))
     P = on_whole_matrices(orthonormal_basis, product(B, Q), roundings)
     R = reduced(product(transposed(B), P))
     feedback = _outer(P, R, hyper.compute_dtype)
     B = elementwise(lambda B, PR: B - (1 - hyper.mu) * PR, B, feedback)
 
-    # A dead column of P is zero, and keeps its old column of Q.
-    Q = elementwise(lambda Q, R, length: torch.where(length > 0.5, R, Q), Q, R, norm(P, (-2,)))
-    Q = elementwise(lambda Q, length: Q / (length + hyper.epsilon), Q, norm(Q, (-2,)))
+    # A dead column keeps its old column of Q, and takes no part in the update.
+    old = elementwise(lambda Q, length: Q / (length + hyper.epsilon), Q, lengths)
+    if hyper.right_factor == "orthonormalize":
+        sizes = elementwise(lambda length, size: torch.ones_like(length) * size, lengths, norm(R, (-2, -1)))
+        R = on_whole_matrices(orthonormal_basis, R, sizes)
+        alive = norm(R, (-2,))
+        P = elementwise(lambda P, alive: torch.where(alive > 0.5, P, 0), P, alive)
+    else:
+        alive = norm(P, (-2,))
+        R = elementwise(lambda R, length: R / (length + hyper.epsilon), R, norm(R, (-2,)))
+    Q = elementwise(lambda old, R, alive: torch.where(alive > 0.5, R, old), old, R, alive)
     direction = _outer(P, Q, hyper.compute_dtype)
 
     if hyper.transposed:
@@ -94,10 +105,10 @@ def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateS
 
 def check(group: Mapping[str, Any]) -> None:
     """Refuse hyperparameters outside their range."""
-    if not 0 <= float(group["mu"]) < 1:
-        raise ValueError(f"mu={group['mu']} must be in [0, 1)")
-    if not 0 < group["rank_fraction"] <= 1:
-        raise ValueError(f"rank_fraction={group['rank_fraction']} must be in (0, 1]")
+    check_mu(group)
+    check_fraction("rank_fraction", group)
+    if group["right_factor"] not in ("normalize", "orthonormalize"):
+        raise ValueError(f"right_factor={group['right_factor']!r} must be 'normalize' or 'orthonormalize'")
     if int(group["rank_multiple"]) < 1:
         raise ValueError(f"rank_multiple={group['rank_multiple']} must be at least 1")
 
@@ -116,11 +127,14 @@ DION = Rule(
         "mu": 0.95,
         "rank_fraction": 1.0,
         "rank_multiple": 1,
+        "right_factor": "normalize",
         "epsilon": 1e-8,
         "scale": "spectral_norm",
     },
     scalars=("mu", "epsilon"),
     states=states,
+    way="P assembled",
+    pending_states=("momentum",),
     check=check,
     prepare=prepare,
 )

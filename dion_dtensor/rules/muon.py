@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dion_dtensor.assembly import elementwise, on_whole_matrices
-from dion_dtensor.orthonormalize import newton_schulz, resolve_polynomial
-from dion_dtensor.orthonormalize.polynomial import Coefficients, norm_factor_of
+from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
+from dion_dtensor.rules.shared import (
+    POLYNOMIAL_DEFAULTS,
+    check_polynomial,
+    orthonormalizer,
+    polynomial_fields,
+    to_dtype,
+)
 
-__all__ = ["MUON"]
+__all__ = ["MUON", "accumulated", "check_momentum"]
 
 
 class Hyper(NamedTuple):
@@ -38,25 +43,22 @@ class State(NamedTuple):
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``."""
-    share = 1 - hyper.mu if hyper.momentum == "ema" else 1.0
+    momentum, direction = accumulated(grad, state.momentum, hyper)
+    rounded = to_dtype(direction, hyper.compute_dtype)
+    return on_whole_matrices(orthonormalizer(hyper), rounded), State(to_dtype(momentum, state.momentum.dtype))
 
-    wide = widest(state.momentum, grad)
+
+def accumulated(grad: Tensor, momentum: Tensor, hyper: Any) -> tuple[Tensor, Tensor]:
+    """The new momentum, and what is to be orthonormalized."""
+    share = 1 - hyper.mu if hyper.momentum == "ema" else 1.0
+    wide = widest(momentum, grad)
 
     def accumulate(momentum: Tensor, grad: Tensor) -> Tensor:
-        return hyper.mu * momentum.to(wide) + share * grad.to(wide)
+        total: Tensor = hyper.mu * momentum.to(wide) + share * grad.to(wide)
+        return total
 
-    momentum = elementwise(accumulate, state.momentum, grad)
-    direction = elementwise(accumulate, momentum, grad) if hyper.nesterov else momentum
-    orthonormalize = partial(
-        newton_schulz,
-        coefficients=hyper.coefficients,
-        epsilon=hyper.epsilon,
-        epsilon_rule=hyper.epsilon_rule,
-        norm_factor=hyper.norm_factor,
-    )
-    rounded = elementwise(lambda values: values.to(hyper.compute_dtype), direction)
-    stored = elementwise(lambda values: values.to(state.momentum.dtype), momentum)
-    return on_whole_matrices(orthonormalize, rounded), State(stored)
+    momentum = elementwise(accumulate, momentum, grad)
+    return momentum, elementwise(accumulate, momentum, grad) if hyper.nesterov else momentum
 
 
 def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateSpec]:
@@ -64,24 +66,16 @@ def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateS
     return {"momentum": StateSpec()}
 
 
-def check(group: Mapping[str, Any]) -> None:
+def check_momentum(group: Mapping[str, Any]) -> None:
     """Refuse hyperparameters outside their range."""
-    if not 0 <= float(group["mu"]) < 1:
-        raise ValueError(f"mu={group['mu']} must be in [0, 1)")
+    check_polynomial(group)
     if group["momentum"] not in ("sum", "ema"):
         raise ValueError(f"momentum={group['momentum']!r} must be 'sum' or 'ema'")
-    if group["epsilon_rule"] not in ("add", "clamp"):
-        raise ValueError(f"epsilon_rule={group['epsilon_rule']!r} must be 'add' or 'clamp'")
-    resolve_polynomial(group["polynomial"])
 
 
 def prepare(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
     """The polynomial by its coefficients."""
-    factor = group["norm_factor"]
-    return {
-        "coefficients": resolve_polynomial(group["polynomial"]),
-        "norm_factor": norm_factor_of(group["polynomial"]) if factor is None else float(factor),
-    }
+    return polynomial_fields(group)
 
 
 MUON = Rule(
@@ -89,18 +83,9 @@ MUON = Rule(
     update=update,
     hyper=Hyper,
     state=State,
-    defaults={
-        "mu": 0.95,
-        "nesterov": False,
-        "momentum": "sum",
-        "polynomial": "polar_express",
-        "epsilon": 1e-8,
-        "epsilon_rule": "add",
-        "norm_factor": None,
-        "scale": "spectral_norm",
-    },
+    defaults={"mu": 0.95, "nesterov": False, "momentum": "sum", **POLYNOMIAL_DEFAULTS},
     scalars=("mu", "epsilon"),
     states=states,
-    check=check,
+    check=check_momentum,
     prepare=prepare,
 )

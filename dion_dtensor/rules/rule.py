@@ -50,6 +50,9 @@ class Rule:
         defaults: every hyperparameter of a param group and its default.
         scalars: names of the hyperparameters that may change at every step without a new compilation.
         states: ``(shape, group) -> {field: StateSpec}``, without ``step``.
+        way: what has to travel so that a sharded matrix is orthonormalized.
+        pending_states: states that may differ among ranks which hold the same parameter, since ``update`` reads the
+            gradient and them only through averages: then the gradient need not be averaged first.
         elementwise: works on each element by itself, so that parameters of any shape and layout share a bucket.
         check: raises ValueError for a param group with bad hyperparameters.
         prepare: ``(shape, group) -> {field: value}``, the fields of ``hyper`` that are not hyperparameters themselves.
@@ -62,6 +65,8 @@ class Rule:
     defaults: Mapping[str, Any]
     scalars: tuple[str, ...]
     states: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, StateSpec]]
+    way: str = "assembled"
+    pending_states: tuple[str, ...] = ()
     elementwise: bool = False
     counts_steps: bool = False
     check: Callable[[Mapping[str, Any]], None] = field(default=lambda group: None)

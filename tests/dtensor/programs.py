@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dion_dtensor import Dion, Muon
+from dion_dtensor import Dion, Dion2, Dion3, Muon, NorMuon
 from tests.dtensor.layouts import Layout, build_mesh, lay_out
 
 # Uneven on every axis, two orientations, more and fewer matrices than ranks, dims smaller than an axis.
@@ -28,6 +28,22 @@ SHAPES = (
     (16, 8),
 )
 
+
+OPTIMIZERS: dict[str, Any] = {
+    "muon": Muon,
+    "normuon": NorMuon,
+    "dion": Dion,
+    "orth_dion": Dion,
+    "dion2": Dion2,
+    "dion3": Dion3,
+    "adamw": Muon,
+    "lion": Muon,
+}
+OWN: dict[str, dict[str, Any]] = {
+    "orth_dion": {"right_factor": "orthonormalize"},
+    "dion2": {"fraction": 0.4},
+    "dion3": {"fraction": 0.4},
+}
 
 Problem = tuple[list[Tensor], list[list[Tensor]]]
 
@@ -62,9 +78,8 @@ def run_steps(
 
     parameters = [torch.nn.Parameter(laid(weight)) for weight in weights]
     named = [(f"w{index}", parameter) for index, parameter in enumerate(parameters)]
-    optimizer = (Dion if name == "dion" else Muon)(
-        [{"params": named, "algorithm": name}], lr=0.05, weight_decay=0.1, **options
-    )
+    group = {"params": named, "algorithm": "dion" if name == "orth_dion" else name}
+    optimizer = OPTIMIZERS[name]([group], lr=0.05, weight_decay=0.1, **OWN.get(name, {}), **options)
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = laid(gradient)

@@ -7,13 +7,15 @@ import os
 import traceback
 import warnings
 from collections.abc import Callable
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, wait
 from typing import Any
 
 import torch
 import torch.multiprocessing as multiprocessing
 
 TIMEOUT_SECONDS = 240.0
+PATIENCE_SECONDS = 5.0
+"""How long the other ranks may take once one has failed."""
 
 
 def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
@@ -53,13 +55,18 @@ class Ranks:
 
     def __init__(self, world: int) -> None:
         self.world = world
+        self._start()
+
+    def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
         # A port that the system chose; the store lives in this process. A file store polls, and slows all ranks down.
         self.store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
-        self.pipes, self.processes = [], []
-        for rank in range(world):
+        self.pipes: list[Connection] = []
+        self.processes = []
+        for rank in range(self.world):
             ours, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(rank, world, self.store.port, theirs), daemon=True)
+            arguments = (rank, self.world, self.store.port, theirs)
+            process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             self.pipes.append(ours)
             self.processes.append(process)
@@ -68,29 +75,44 @@ class Ranks:
         """The results of the first ``members`` ranks; the others must return None.
 
         Raises:
-            RuntimeError: names the ranks that raised or died.
+            RuntimeError: names the ranks that raised or died; the processes are then started anew.
         """
         for pipe in self.pipes:
             pipe.send((function, arguments))
-        results, problems = [], []
-        for rank, pipe in enumerate(self.pipes):
-            if not pipe.poll(TIMEOUT_SECONDS):
-                problems.append(f"rank {rank}: no answer within {TIMEOUT_SECONDS} s")
-                continue
-            try:
-                good, value = pipe.recv()
-            except EOFError:
-                good, value = False, "died"
-            (results if good else problems).append(value if good else f"rank {rank}: {value}")
+        results: dict[int, Any] = {}
+        problems: dict[int, str] = {}
+        waiting = dict(zip(self.pipes, range(self.world), strict=True))
+        patience = TIMEOUT_SECONDS
+        while waiting and (ready := wait(list(waiting), patience)):
+            for pipe in ready:
+                assert isinstance(pipe, Connection)
+                rank = waiting.pop(pipe)
+                try:
+                    good, value = pipe.recv()
+                except EOFError:
+                    good, value = False, "died"
+                (results if good else problems)[rank] = value
+                if not good:  # the others may wait for it in a collective
+                    patience = PATIENCE_SECONDS
+        problems |= {rank: "no answer" for rank in waiting.values()}
         if problems:
-            raise RuntimeError("\n".join(problems))
-        assert [result is not None for result in results] == [rank < members for rank in range(self.world)]
-        return results[:members]
+            if waiting:
+                self._kill()
+                self._start()
+            raise RuntimeError("\n".join(f"rank {rank}: {text}" for rank, text in sorted(problems.items())))
+        assert [results[rank] is not None for rank in range(self.world)] == [
+            rank < members for rank in range(self.world)
+        ]
+        return [results[rank] for rank in range(members)]
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.join(20)
 
     def close(self) -> None:
         for pipe in self.pipes:
             pipe.send(None)
         for process in self.processes:
             process.join(20)
-            if process.is_alive():
-                process.kill()
+        self._kill()

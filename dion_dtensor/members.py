@@ -1,0 +1,254 @@
+"""A parameter in a stack of logical matrices: which of them this rank holds, and how its shard is laid in the stack."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate
+
+from dion_dtensor.assembly import scattered
+from dion_dtensor.layout import StorageLayout, move_shard, owners, shard_dim
+from dion_dtensor.matrices import Experts, Flatten, Heads, Piece, Split
+from dion_dtensor.philox import normal
+from dion_dtensor.rules import Rule, StateSpec
+
+__all__ = ["Form", "Member", "StateForm", "form_of", "initial_entries", "local_of", "state_forms"]
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor, a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a parameter takes part in a stack.
+
+    Attributes:
+        kind: "matrix", a shard of one logical matrix; "flat", the same of a convolution; "units", shards of several
+            experts or heads; "whole", a shard of the parameter, cut by ``split`` once it is assembled, because
+            shard boundaries cut its logical matrices.
+        entry: layout of one entry of the stack: a logical matrix, or the whole parameter.
+        count: entries on each rank.
+        numbers: which of the parameter's logical matrices this rank's entries are; fewer than ``count`` where other
+            ranks hold more.
+        pieces: the logical matrices by shape.
+        split: how the parameter is cut.
+    """
+
+    kind: str
+    entry: StorageLayout
+    count: int
+    numbers: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+    split: Split | None = None
+
+
+def form_of(layout: StorageLayout, split: Split | None) -> Form:
+    """The form of a parameter of ``layout``.
+
+    Raises:
+        ValueError: ``split`` does not fit the shape.
+    """
+    if split is None:
+        m, n = layout.shape
+        return Form("matrix", layout, 1, (0,), (Piece(1, m, n, 0),))
+    pieces = split.pieces(layout.shape)
+    beyond = any(layout.axes_sharding(dim) for dim in range(1, len(layout.shape)))
+    if isinstance(split, Flatten) and not beyond:
+        return Form("flat", replace(layout, shape=(pieces[0].m, pieces[0].n)), 1, (0,), pieces, split)
+    if isinstance(split, Experts | Heads):
+        held = _units(layout, pieces[0].count)
+        if held is not None:
+            return Form(
+                "units",
+                _one_unit(layout, pieces[0]),
+                max(map(len, held.values())),
+                held[_here(layout)],
+                pieces,
+                split,
+            )
+    return Form("whole", layout, 1, (), pieces, split)
+
+
+def _here(layout: StorageLayout) -> tuple[int, ...]:
+    """This rank's coordinates on the axes that shard dim 0."""
+    if layout.mesh is None:
+        return ()
+    here = layout.mesh.get_coordinate()
+    assert here is not None
+    return tuple(here[axis] for axis in layout.axes_sharding(0))
+
+
+def _units(layout: StorageLayout, count: int) -> dict[tuple[int, ...], tuple[int, ...]] | None:
+    """Which of ``count`` equal parts of dim 0 each rank holds; None if a shard boundary cuts one."""
+    axes = layout.axes_sharding(0)
+    sizes = tuple(layout.mesh.size(axis) for axis in axes) if layout.mesh is not None else ()
+    rows = layout.shape[0] // count
+    units = {}
+    for place, held in owners(layout.shape[0], sizes, tuple(layout.placements[a] for a in axes)).items():
+        starts = held[::rows]
+        if any(start % rows for start in starts):
+            return None
+        if held != [index for start in starts for index in range(start, start + rows)]:
+            return None
+        units[place] = tuple(start // rows for start in starts)
+    return units
+
+
+def _one_unit(layout: StorageLayout, piece: Piece) -> StorageLayout:
+    """The layout of one expert or head; the axes that shard dim 0 hold different ones."""
+    apart = layout.axes_sharding(0)
+    drop = len(layout.shape) - 2  # an expert has a dim less than the parameter
+    placements = tuple(
+        Replicate() if dim == 0 else p if dim is None else move_shard(p, dim - drop)
+        for p, dim in ((p, shard_dim(p)) for p in layout.placements)
+    )
+    return replace(layout, shape=(piece.m, piece.n), placements=placements, apart=apart)
+
+
+@dataclass(frozen=True)
+class StateForm:
+    """One state tensor of a member: as an entry of the bucket's stack, and as the user sees it.
+
+    Attributes:
+        spec: of the rule.
+        entry: layout of one entry of the stack.
+        shown: layout of the user's tensor.
+        pieces: indices of the pieces that it belongs to.
+    """
+
+    spec: StateSpec
+    entry: StorageLayout
+    shown: StorageLayout
+    pieces: tuple[int, ...]
+
+
+def state_forms(
+    layout: StorageLayout, form: Form, rule: Rule, group: Mapping[str, Any], dtype: torch.dtype
+) -> dict[str, StateForm]:
+    """The state tensors of a parameter, by key: one for all of its logical matrices where that is possible.
+
+    ``momentum`` has the parameter's shape and ``variance`` its rows, whatever the split; ``Q`` has a leading dim if
+    there are several logical matrices of one shape, and is ``Q.0``, ``Q.1``, ... if they have several shapes.
+    """
+    found = {}
+    for index, piece in enumerate(form.pieces):
+        for key, spec in rule.states((piece.m, piece.n), group).items():
+            if spec.dims is None:
+                shown = replace(layout, dtype=dtype)
+                found[key] = StateForm(spec, replace(form.entry, dtype=dtype), shown, ())
+            elif spec.dims == ("row", None):
+                found[key] = _row_state(layout, form, spec, dtype)
+            else:
+                name = key if len(form.pieces) == 1 else f"{key}.{index}"
+                found[name] = _factor_state(layout, form, spec, dtype, index)
+    return found
+
+
+def _row_state(layout: StorageLayout, form: Form, spec: StateSpec, dtype: torch.dtype) -> StateForm:
+    if isinstance(form.split, Experts):
+        sizes = (*layout.shape[:2], 1)
+        shown = layout.derived(("unit", "row", None), sizes, dtype, ("unit", "row", "column"))
+    else:
+        names = ("row", *["column"] * (len(layout.shape) - 1))
+        shown = layout.derived(("row", None), (layout.shape[0], 1), dtype, names)
+    if form.kind == "whole":
+        return StateForm(spec, shown, shown, ())
+    return StateForm(spec, form.entry.derived(("row", None), (form.entry.shape[0], 1), dtype), shown, ())
+
+
+def _factor_state(
+    layout: StorageLayout, form: Form, spec: StateSpec, dtype: torch.dtype, index: int
+) -> StateForm:
+    assert spec.dims is not None
+    assert spec.sizes is not None
+    count = form.pieces[index].count
+    sizes = (count, *spec.sizes) if count > 1 or form.kind == "units" else spec.sizes
+    if form.kind == "whole":
+        placements = tuple(Replicate() for _ in layout.placements)
+        shown = replace(layout, shape=sizes, dtype=dtype, placements=placements)
+        return StateForm(spec, shown, shown, (index,))
+    entry = form.entry.derived(spec.dims, spec.sizes, dtype)
+    if form.kind != "units":
+        return StateForm(spec, entry, entry, (index,))
+    names = ("unit", "row", "column") if isinstance(form.split, Experts) else ("unit", "column")
+    return StateForm(spec, entry, layout.derived(("unit", *spec.dims), sizes, dtype, names), (index,))
+
+
+@dataclass(eq=False)
+class Member:
+    """A parameter in a bucket.
+
+    Attributes:
+        name: fully qualified.
+        parameter: a tensor or a DTensor.
+        layout: of the parameter, and of the axes over which it is replicated unknown to itself.
+        form: its part in a stack; None under an elementwise rule.
+        views: its state by key, as the user sees it.
+    """
+
+    name: str
+    parameter: Tensor
+    layout: StorageLayout
+    form: Form | None = None
+    views: dict[str, Tensor] = field(default_factory=dict)
+
+    @property
+    def local(self) -> Tensor:
+        """The parameter's own shard."""
+        return local_of(self.parameter.detach())
+
+    def fold(self, local: Tensor) -> Tensor:
+        """A shard of the parameter's shape, as entries ``[count, ...]`` of the stack; a view where it can be one."""
+        form = self.form
+        assert form is not None
+        if form.kind in ("matrix", "whole"):
+            return local.unsqueeze(0)
+        if form.kind == "flat":
+            return local.reshape(1, local.shape[0], form.entry.shape[1])
+        rows = local.shape[1] if local.ndim == 3 else form.entry.shape[0]
+        entries = local.reshape(len(form.numbers), rows, local.shape[-1])
+        missing = form.count - len(entries)
+        return torch.cat((entries, entries.new_zeros(missing, *entries.shape[1:]))) if missing else entries
+
+    def unfold(self, entries: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Entries ``[count, ...]`` of the stack as a local tensor of ``shape``, a view."""
+        assert self.form is not None
+        own = entries[: len(self.form.numbers)] if self.form.kind == "units" else entries
+        return own.view(shape)
+
+    def shown(self, layout: StorageLayout, local: Tensor) -> Tensor:
+        """State as the user sees it: a DTensor beside a DTensor, on the mesh that the parameter knows."""
+        if not isinstance(self.parameter, DTensor):
+            return local
+        hidden = len(layout.placements) - self.parameter.device_mesh.ndim
+        own = replace(layout, mesh=self.parameter.device_mesh, placements=layout.placements[hidden:])
+        return own.wrap(local)
+
+
+def initial_entries(member: Member, state: StateForm, seed: int) -> Tensor:
+    """Standard normal values ``[count, ...]`` by (seed, name, logical matrix, row, column)."""
+    form, spec, entry = member.form, state.spec, state.entry
+    assert form is not None
+    assert spec.sizes is not None
+    (index,) = state.pieces
+    piece = form.pieces[index]
+    numbers = form.numbers if form.kind == "units" else range(piece.first, piece.first + piece.count)
+    one = entry if form.kind == "units" else replace(entry, shape=spec.sizes)
+
+    def draw(number: int) -> Tensor:
+        values = normal(*spec.sizes, seed=seed, name=member.name, matrix=number)  # type: ignore[misc]
+        return scattered(values.to(entry.device, entry.dtype), one)
+
+    drawn = [draw(number) for number in numbers]
+    if form.kind == "units":
+        missing = form.count - len(drawn)
+        return torch.stack(drawn + [torch.zeros_like(draw(0))] * missing)
+    return (
+        torch.stack(drawn).reshape(1, *drawn[0].shape) if len(drawn) == 1 else torch.stack(drawn).unsqueeze(0)
+    )

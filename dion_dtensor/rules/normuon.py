@@ -1,0 +1,99 @@
+"""NorMuon: Muon with each row divided by the root of its running variance (Li et al., arXiv 2510.05491)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dion_dtensor.assembly import on_whole_matrices
+from dion_dtensor.orthonormalize.polynomial import Coefficients
+from dion_dtensor.rules.muon import accumulated, check_momentum
+from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
+from dion_dtensor.rules.shared import (
+    POLYNOMIAL_DEFAULTS,
+    check_variance,
+    normalized_rows,
+    orthonormalizer,
+    polynomial_fields,
+    to_dtype,
+)
+
+__all__ = ["NORMUON", "VARIANCE_DEFAULTS"]
+
+VARIANCE_DEFAULTS: dict[str, Any] = {"beta2": 0.95, "variance_epsilon": 1e-8}
+
+
+class Hyper(NamedTuple):
+    """What NorMuon's update reads."""
+
+    mu: Scalar
+    epsilon: Scalar
+    beta2: Scalar
+    momentum: str
+    nesterov: bool
+    variance_epsilon: float
+    coefficients: Coefficients
+    epsilon_rule: str
+    norm_factor: float
+    compute_dtype: torch.dtype
+
+
+class State(NamedTuple):
+    """``momentum``: ``[N, m, n]``; ``variance``: ``[N, m, 1]``."""
+
+    momentum: Tensor
+    variance: Tensor
+
+
+def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
+    """One step of a stack ``[N, m, n]``; rows are normalized where their matrix is whole."""
+    momentum, direction = accumulated(grad, state.momentum, hyper)
+    orthonormalize = orthonormalizer(hyper)
+
+    def normalized(X: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+        return normalized_rows(orthonormalize(X), variance, hyper.beta2, hyper.variance_epsilon)
+
+    rounded = to_dtype(direction, hyper.compute_dtype)
+    wide = to_dtype(state.variance, widest(state.variance))
+    direction, variance = on_whole_matrices(normalized, rounded, wide)
+    return direction, State(
+        to_dtype(momentum, state.momentum.dtype), to_dtype(variance, state.variance.dtype)
+    )
+
+
+def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateSpec]:
+    """Momentum of the parameter's shape, and a number for each row."""
+    return {"momentum": StateSpec(), "variance": StateSpec(dims=("row", None), sizes=(shape[0], 1))}
+
+
+def check(group: Mapping[str, Any]) -> None:
+    """Refuse hyperparameters outside their range."""
+    check_momentum(group)
+    check_variance(group)
+
+
+def prepare(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The polynomial by its coefficients."""
+    return polynomial_fields(group)
+
+
+NORMUON = Rule(
+    name="normuon",
+    update=update,
+    hyper=Hyper,
+    state=State,
+    defaults={
+        "mu": 0.95,
+        "nesterov": False,
+        "momentum": "sum",
+        **VARIANCE_DEFAULTS,
+        **POLYNOMIAL_DEFAULTS,
+    },
+    scalars=("mu", "epsilon", "beta2"),
+    states=states,
+    check=check,
+    prepare=prepare,
+)

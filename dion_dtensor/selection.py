@@ -1,0 +1,207 @@
+"""Work on some rows of each matrix: choose them by the whole matrix, move them alone, put the result back.
+
+The choice is the same on every mesh, to the last bit: see :func:`row_sums`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Placement
+
+from dion_dtensor import placements as algebra
+from dion_dtensor.assembly import across, elementwise, from_local, on_whole_matrices, relaid, whole_dim
+from dion_dtensor.exchange import fetch_rows, return_rows, route
+from dion_dtensor.layout import sharing_axes
+
+__all__ = ["largest_rows", "on_rows", "row_sums", "scaled_rows"]
+
+
+def largest_rows(sums: Tensor, count: int) -> Tensor:
+    """Indices ``[N, count]``, ascending, of the largest of ``sums`` ``[N, m]``; ties to the lowest index."""
+    order = torch.sort(sums, dim=-1, descending=True, stable=True).indices
+    return order[:, :count].sort(dim=-1).values
+
+
+def row_sums(stack: Tensor) -> Tensor:
+    """The sum of absolute values of each row of ``[N, m, n]``: ``[N, m]``, float64, whole on every rank.
+
+    The same to the last bit in whatever order and on whatever mesh it is taken: values are first rounded to a multiple
+    of a power of two that leaves room to add all of them exactly (Demmel and Nguyen, ARITH 2013).  That multiple is
+    2^-51 of the largest value times n; for float64 values, what was rounded off is added likewise.
+    """
+    local = stack.to_local() if isinstance(stack, DTensor) else stack
+    magnitudes, length = local.abs().double(), stack.shape[2]
+    high = _multiples(magnitudes, across(_largest(magnitudes), stack, "max", (1, 2)), length)
+    total = across(high.sum(-1, keepdim=True), stack, "sum", (2,))
+    if stack.dtype == torch.float64:
+        rest = magnitudes - high
+        low = _multiples(rest, across(_largest(rest.abs()), stack, "max", (1, 2)), length)
+        total = total + across(low.sum(-1, keepdim=True), stack, "sum", (2,))
+    if isinstance(stack, DTensor):
+        placements = algebra.of_reduced(algebra.of_pending(stack.placements, (2,), "sum"))
+        whole = whole_dim(from_local(total, stack.device_mesh, placements, (*stack.shape[:2], 1)), 1)
+        assert isinstance(whole, DTensor)
+        total = whole.to_local()
+    return total.squeeze(-1)
+
+
+def _largest(values: Tensor) -> Tensor:
+    """``[N, 1, 1]``; zero where the shard is empty."""
+    return values.amax((1, 2), keepdim=True) if values.numel() else values.new_zeros(values.shape[0], 1, 1)
+
+
+def _multiples(values: Tensor, largest: Tensor, count: int) -> Tensor:
+    """``values`` rounded so that ``count`` of them add up exactly in float64."""
+    _, exponent = torch.frexp(largest)
+    # Adding 1.5 * 2^e leaves no bits below 2^(e - 52), and rounds to nearest.
+    shift = torch.ldexp(torch.full_like(largest, 1.5), exponent + (count - 1).bit_length() + 1)
+    return (values + shift) - shift
+
+
+def scaled_rows(stack: Tensor, chosen: Tensor, factor: Any) -> Tensor:
+    """``stack`` ``[N, m, n]`` with its ``chosen`` rows ``[N, k]`` multiplied by ``factor``."""
+    slot = _slots(stack, chosen)
+    return elementwise(lambda values: torch.where(slot >= 0, values * factor, values), stack)
+
+
+def on_rows(
+    function: Callable[..., Any], stack: Tensor, chosen: Tensor, *states: Tensor, assemble: bool = False
+) -> Any:
+    """``function`` on whole matrices made of the chosen rows; where rows are sharded, only those travel.
+
+    Args:
+        function: maps a stack ``[j, k, n]`` (and the rows ``[j, k, 1]`` of each of ``states``) to a stack
+            ``[j, k, n]``, or to a tuple with one stack ``[j, k, 1]`` more for each of ``states``.
+        stack: ``[N, m, n]``, a tensor or a DTensor.
+        chosen: ``[N, k]``, ascending indices of rows, the same on every rank (:func:`largest_rows`).
+        states: ``[N, m, 1]``, a value for each row.
+        assemble: bring all rows together before the choice, by ordinary collectives.
+
+    Returns:
+        ``[N, m, n]``, zero but for the chosen rows; with ``states`` a tuple, with each of them changed in these rows.
+    """
+    if isinstance(stack, DTensor):
+        result = _on_shards(function, stack, chosen, states, assemble)
+    else:
+        result = function(_rows(stack, chosen), *(_rows(state, chosen) for state in states))
+        result = result if isinstance(result, tuple) else (result,)
+        result = (_spread(result[0], chosen, stack), *result[1:])
+    changed = [_replaced(state, value, chosen) for state, value in zip(states, result[1:], strict=True)]
+    return (result[0], *changed) if changed else result[0]
+
+
+def _on_shards(
+    function: Callable[..., Any],
+    stack: DTensor,
+    chosen: Tensor,
+    states: tuple[Tensor, ...],
+    assemble: bool,
+) -> tuple[Tensor, ...]:
+    """The directions as ``stack`` lies, and the new values ``[N, k, 1]`` of the states on every rank."""
+    mesh, storage, local = stack.device_mesh, stack.placements, stack.to_local()
+    count, n = local.shape[0], stack.shape[2]
+    axes = algebra.axes_sharding(storage, 1)
+    exchanged = bool(axes) and not assemble
+    split: tuple[int, ...] = ()
+    number = padded = 0
+    if exchanged:
+        split, ranks = sharing_axes(mesh, axes, count)
+        padded = count + -count % ranks
+        number = route(mesh, storage, stack.shape[1], split)
+        rows = fetch_rows(local, chosen, number, padded)
+    else:
+        every = whole_dim(stack, 1)
+        assert isinstance(every, DTensor)
+        rows = _rows(every.to_local(), chosen)
+    placements = algebra.of_exchanged(storage, split)
+    shape = _global_shape(rows, mesh, placements, n)
+    own = [_own_block(_rows(_whole(state), chosen), mesh, split, padded or count) for state in states]
+    result = on_whole_matrices(
+        function,
+        from_local(rows, mesh, placements, shape),
+        *(from_local(one, mesh, algebra.of_rows(placements), (*shape[:2], 1)) for one in own),
+    )
+    result = result if isinstance(result, tuple) else (result,)
+    values = result[0].to_local()
+    if exchanged:
+        back = return_rows(values, chosen, number, padded, local.shape[1])
+        directions: Tensor = from_local(back, mesh, storage, tuple(stack.shape))
+    else:
+        directions = _spread(values, chosen, stack)
+    new = [_all_blocks(one.to_local(), mesh, split)[:count] for one in result[1:]]
+    return directions, *new
+
+
+def _rows(stack: Tensor, chosen: Tensor) -> Tensor:
+    """``[N, k, n]``: the chosen rows of plain ``[N, m, n]``."""
+    return stack.gather(1, chosen.unsqueeze(-1).expand(-1, -1, stack.shape[2]))
+
+
+def _whole(state: Tensor) -> Tensor:
+    """``[N, m, 1]``, plain, with all rows."""
+    whole = whole_dim(state, 1)
+    return whole.to_local() if isinstance(whole, DTensor) else whole
+
+
+def _slots(stack: Tensor, chosen: Tensor) -> Tensor:
+    """``[N, rows held here, 1]``: which of the chosen rows each row is, or -1."""
+    count = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
+    slots = torch.full((chosen.shape[0], stack.shape[1]), -1, device=chosen.device).scatter(1, chosen, count)
+    if isinstance(stack, DTensor):
+        here = algebra.rows_here(stack.device_mesh, stack.placements, stack.shape[1])
+        if len(here) != stack.shape[1]:
+            slots = slots[:, torch.tensor(here, dtype=torch.long, device=chosen.device)]
+    return slots.unsqueeze(-1)
+
+
+def _spread(values: Tensor, chosen: Tensor, stack: Tensor) -> Tensor:
+    """``values`` ``[N, k, n]`` as rows of zeros laid as ``stack``."""
+    slots = _slots(stack, chosen)
+
+    def placed(shard: Tensor) -> Tensor:
+        rows = values.gather(1, slots.clamp(min=0).expand(-1, -1, values.shape[2]))
+        return torch.where(slots >= 0, rows, 0)
+
+    return elementwise(placed, stack)
+
+
+def _replaced(state: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
+    """``state`` ``[N, m, 1]`` with ``values`` ``[N, k, 1]`` in the chosen rows."""
+    slots = _slots(state, chosen)
+
+    def placed(shard: Tensor) -> Tensor:
+        return torch.where(slots >= 0, values.gather(1, slots.clamp(min=0)), shard)
+
+    return elementwise(placed, state)
+
+
+def _global_shape(
+    rows: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], n: int
+) -> tuple[int, int, int]:
+    count = rows.shape[0]
+    for axis in algebra.axes_sharding(placements, 0):
+        count *= mesh.size(axis)
+    return count, rows.shape[1], n
+
+
+def _own_block(values: Tensor, mesh: DeviceMesh, split: tuple[int, ...], padded: int) -> Tensor:
+    """Of ``values`` ``[N, ...]`` that every rank holds, those of the matrices that this rank works on."""
+    if not split:
+        return values
+    values = torch.cat((values, values.new_zeros(padded - values.shape[0], *values.shape[1:])))
+    return relaid(values, mesh, (), split, tuple(values.shape))
+
+
+def _all_blocks(values: Tensor, mesh: DeviceMesh, split: tuple[int, ...]) -> Tensor:
+    """The way back of :func:`_own_block`."""
+    if not split:
+        return values
+    count = values.shape[0]
+    for axis in split:
+        count *= mesh.size(axis)
+    return relaid(values, mesh, split, (), (count, *values.shape[1:]))

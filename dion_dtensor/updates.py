@@ -1,0 +1,127 @@
+"""The function that steps a bucket, compiled once for each plan."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dion_dtensor.assembly import on_whole_matrices, own_shard
+from dion_dtensor.layout import StorageLayout
+from dion_dtensor.matrices import Split
+from dion_dtensor.rules import Rule
+
+__all__ = ["Plan", "update_of"]
+
+Fixed = tuple[tuple[str, Hashable], ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What distinguishes one compiled function from another.
+
+    Attributes:
+        rule: the algorithm.
+        hyper: its fixed hyperparameters, for each piece of ``split``.
+        maximize: ascend.
+        grad_layout: of the stacked gradients; None for a plain tensor.
+        change_layout: of the result.
+        states: layouts of the stacked states by key, and the piece that a state belongs to alone.
+        size: entries of the stack, or elements.
+        split: cuts whole parameters into logical matrices once they are assembled.
+        compile: under ``torch.compile(fullgraph=True)``.
+    """
+
+    rule: Rule
+    hyper: tuple[Fixed, ...]
+    maximize: bool
+    grad_layout: StorageLayout | None
+    change_layout: StorageLayout | None
+    states: tuple[tuple[str, StorageLayout | None, int | None], ...]
+    size: int
+    split: Split | None
+    compile: bool
+
+
+@functools.cache
+def update_of(plan: Plan) -> Callable[..., Tensor]:
+    """``(grads, stacks, scalars, scale) -> lr * scale * direction``, with the stacks of state updated in place."""
+    rule, layouts = plan.rule, {key: layout for key, layout, _ in plan.states}
+
+    def wrap(local: Tensor, layout: StorageLayout | None) -> Tensor:
+        return local if layout is None else layout.wrap(local)
+
+    def unwrap(tensor: Tensor, layout: StorageLayout | None) -> Tensor:
+        return tensor if layout is None else own_shard(tensor, layout)
+
+    def update(grads: Tensor, stacks: dict[str, Tensor], scalars: dict[str, Any], scale: Any) -> Tensor:
+        old = {name: wrap(stacks[name], layout) for name, layout in layouts.items()}
+        grad = wrap(-grads if plan.maximize else grads, plan.grad_layout)
+        if plan.split is None:
+            if rule.counts_steps:
+                old["step"] = scalars["step"]
+            direction, state = rule.update(grad, rule.state(**old), _hyper(plan, 0, scalars))
+            new = state._asdict()
+        else:
+            direction, *values = on_whole_matrices(_on_pieces(plan, scalars), grad, *old.values())
+            new = dict(zip(old, values, strict=True))
+        for name, layout in layouts.items():
+            stacks[name].copy_(unwrap(new[name], layout))
+        shard = unwrap(direction, plan.change_layout)
+        # Scaled in float32 or wider, also when the direction was computed in bfloat16.
+        change: Tensor = shard.to(torch.promote_types(shard.dtype, torch.float32)) * (scalars["lr"] * scale)
+        return change
+
+    if not plan.compile:
+        return update
+    # Dynamo keeps its cache by code object and limits its length: a code object of its own for each plan.
+    own = types.FunctionType(
+        update.__code__.replace(co_name=f"{rule.name}_update"),
+        globals(),
+        update.__name__,
+        None,
+        update.__closure__,
+    )
+    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False)
+    return compiled
+
+
+def _hyper(plan: Plan, index: int, scalars: dict[str, Any]) -> Any:
+    return plan.rule.hyper(**dict(plan.hyper[index]), **{name: scalars[name] for name in plan.rule.scalars})
+
+
+def _on_pieces(plan: Plan, scalars: dict[str, Any]) -> Callable[..., tuple[Tensor, ...]]:
+    """The rule on stacks of whole parameters, plain tensors: each piece as on one device, then joined again."""
+    split, rule = plan.split, plan.rule
+    assert split is not None
+
+    def function(grads: Tensor, *values: Tensor) -> tuple[Tensor, ...]:
+        directions: list[Tensor] = []
+        joint: dict[str, list[Tensor]] = {}
+        own: dict[str, Tensor] = {}
+        for index, grad in enumerate(split.split(grads)):
+            states = {}
+            for (key, _, piece), value in zip(plan.states, values, strict=True):
+                if piece is None:
+                    states[key] = split.split(value)[index]
+                elif piece == index:
+                    states[key.partition(".")[0]] = value.reshape(len(grad), *value.shape[-2:])
+            direction, new = rule.update(grad, rule.state(**states), _hyper(plan, index, scalars))
+            directions.append(direction)
+            for (key, _, piece), value in zip(plan.states, values, strict=True):
+                if piece is None:
+                    joint.setdefault(key, []).append(getattr(new, key))
+                elif piece == index:
+                    own[key] = getattr(new, key.partition(".")[0]).reshape(value.shape)
+        merged = [
+            split.merge(joint[key], value.shape[1:]) if piece is None else own[key]
+            for (key, _, piece), value in zip(plan.states, values, strict=True)
+        ]
+        return split.merge(directions, grads.shape[1:]), *merged
+
+    return function
