@@ -217,10 +217,10 @@ class Member:
         return torch.cat((entries, entries.new_zeros(missing, *entries.shape[1:]))) if missing else entries
 
     def unfold(self, entries: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Entries ``[count, ...]`` of the stack as a local tensor of ``shape``, a view."""
+        """Entries ``[count, ...]`` of the stack as a local tensor of ``shape``; a view of a contiguous stack."""
         assert self.form is not None
         own = entries[: len(self.form.numbers)] if self.form.kind == "units" else entries
-        return own.view(shape)
+        return own.reshape(shape)
 
     def shown(self, layout: StorageLayout, local: Tensor) -> Tensor:
         """State as the user sees it: a DTensor beside a DTensor, on the mesh that the parameter knows."""

@@ -104,11 +104,12 @@ def _on_pieces(plan: Plan, scalars: dict[str, Any]) -> Callable[..., tuple[Tenso
         directions: list[Tensor] = []
         joint: dict[str, list[Tensor]] = {}
         own: dict[str, Tensor] = {}
-        for index, grad in enumerate(split.split(grads)):
+        cut = [piece.contiguous() for piece in split.split(grads)]  # so that sums run in the same order everywhere
+        for index, grad in enumerate(cut):
             states = {}
             for (key, _, piece), value in zip(plan.states, values, strict=True):
                 if piece is None:
-                    states[key] = split.split(value)[index]
+                    states[key] = split.split(value)[index].contiguous()
                 elif piece == index:
                     states[key.partition(".")[0]] = value.reshape(len(grad), *value.shape[-2:])
             direction, new = rule.update(grad, rule.state(**states), _hyper(plan, index, scalars))

@@ -27,10 +27,11 @@ def orthonormal_basis(stack: Tensor, sizes: Tensor) -> Tensor:
             ``||M||_F * ||Q_j||_2``.
 
     Returns:
-        ``[N, m, r]``, contiguous.  The sign of a column is that of LAPACK's QR.
+        ``[N, m, r]``, contiguous.  Column j has a positive product with column j of ``stack``: the right factor of
+        Orth-Dion would otherwise point away from the gradient.
     """
     columns, triangular = torch.linalg.qr(stack)
-    basis: Tensor = columns.contiguous()
+    basis: Tensor = (columns * _signs(triangular)).contiguous()
     dead = _dead(triangular, sizes.squeeze(-2))
     if dead.numel():
         # An opaque operator, since which matrices need the second look depends on the data.
@@ -42,6 +43,12 @@ def orthonormal_basis(stack: Tensor, sizes: Tensor) -> Tensor:
 @orthonormal_basis.register_fake
 def _(stack: Tensor, sizes: Tensor) -> Tensor:
     return stack.new_empty(stack.shape)
+
+
+def _signs(triangular: Tensor) -> Tensor:
+    """``[..., 1, r]``: what makes the diagonal positive; LAPACK leaves it to chance."""
+    diagonal = triangular.diagonal(dim1=-2, dim2=-1)
+    return torch.where(diagonal < 0, -1, 1).to(triangular.dtype).unsqueeze(-2)
 
 
 def _dead(triangular: Tensor, sizes: Tensor) -> Tensor:
@@ -71,7 +78,7 @@ def _basis_without_dead(matrix: Tensor, sizes: Tensor) -> Tensor:
         basis, triangular = torch.linalg.qr(matrix[:, kept])
         dead = _dead(triangular, sizes[kept]).nonzero().flatten()
         if dead.numel() == 0:
-            result[:, kept] = basis
+            result[:, kept] = basis * _signs(triangular)
             break
         del kept[int(dead[0])]
     return result

@@ -1,0 +1,124 @@
+"""What four ranks run where parameters are replicated over ranks that they do not know of."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from tests.dtensor.programs import OPTIMIZERS, OWN
+from tests.dtensor.split_programs import whole
+
+SHAPES = ((12, 8), (12, 8), (6, 10))
+
+
+class Layers(nn.Module):
+    """Three matrices in a row."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 12, bias=False, dtype=torch.float64)
+        self.second = nn.Linear(12, 8, bias=False, dtype=torch.float64)
+        self.third = nn.Linear(8, 12, bias=False, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.second(self.first(x).relu())
+        result: Tensor = self.third(hidden.relu())
+        return result
+
+
+def batches(steps: int) -> Tensor:
+    """``[steps, 4, 5, 8]``: a batch of five for each of four ranks."""
+    generator = torch.Generator().manual_seed(2)
+    return torch.randn(steps, 4, 5, 8, generator=generator, dtype=torch.float64)
+
+
+def make(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
+    named = [(key.removeprefix("module."), p) for key, p in model.named_parameters()]
+    group = {"params": named, "algorithm": "dion" if name == "orth_dion" else name}
+    own = {"rank_fraction": 0.5} if name in ("dion", "orth_dion") else {}
+    made: torch.optim.Optimizer = OPTIMIZERS[name]([group], compile=False, **OWN.get(name, {}), **own, **options)
+    return made
+
+
+def replicated(name: str, kind: str, steps: int = 3) -> dict[str, Any] | None:
+    """Weights, and the saved momentum, after ``steps``, of a model wrapped as ``kind`` says.
+
+    ``plain``: one process with all the data.  ``ddp``: DistributedDataParallel.  ``no_sync``: the same, gradients not
+    averaged.  ``fsdp``: FSDP2 on an axis of a mesh whose other axis it does not know, gradients not averaged over it.
+    """
+    rank = torch.distributed.get_rank() if kind != "plain" else 0
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if kind != "plain" else None
+    group = torch.distributed.new_group([0, 1, 2, 3]) if kind in ("ddp", "no_sync") else None
+    if rank >= 4:
+        return None
+    model: nn.Module = Layers()
+    options: dict[str, Any] = {}
+    if kind == "ddp":
+        model = DistributedDataParallel(model, process_group=group)
+        options = {"replicate_mesh": group}
+    elif kind == "no_sync":
+        options = {"replicate_mesh": group, "averaged": False}
+    elif kind == "fsdp":
+        assert mesh is not None
+        fully_shard(model, mesh=mesh["shard"])
+        options = {"replicate_mesh": mesh["replicate"], "averaged": False}
+    optimizer = make(name, model, **options)
+    for batch in batches(steps):
+        optimizer.zero_grad()
+        mine = batch.flatten(0, 1) if kind == "plain" else batch[rank]
+        model(mine).square().mean().backward()
+        optimizer.step()
+    saved = optimizer.state_dict()
+    return {
+        "weight": [whole(p) for p in model.parameters()],
+        "momentum": [whole(state["momentum"]) for state in saved["state"].values() if "momentum" in state],
+        "local": [type(state["momentum"]) is not DTensor for state in saved["state"].values() if "momentum" in state],
+    }
+
+
+def low_rank_steps(steps: int) -> tuple[float, float, float] | None:
+    """Dion with gradients averaged beforehand against gradients left apart, each step from a shared state.
+
+    The largest relative error of the update, of the averaged momentum, and how far the ranks' momenta are apart.
+    """
+    group = torch.distributed.new_group([0, 1, 2, 3])
+    rank = torch.distributed.get_rank()
+    if rank >= 4:
+        return None
+    models = [Layers(), Layers()]
+    optimizers = [
+        make("dion", models[0]),
+        make("dion", models[1], replicate_mesh=group, averaged=False),
+    ]
+    generator = torch.Generator().manual_seed(3)
+    worst, momentum_error, apart = 0.0, 0.0, 0.0
+    for _ in range(steps):
+        pairs = list(zip(models[0].parameters(), models[1].parameters(), strict=True))
+        old = [ours.detach().clone() for _, ours in pairs]
+        for theirs, ours in pairs:
+            grads = torch.randn(4, *ours.shape, generator=generator, dtype=torch.float64)
+            theirs.grad, ours.grad = grads.mean(0), grads[rank].clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        for (theirs, ours), before in zip(pairs, old, strict=True):
+            change, expected = ours.detach() - before, theirs.detach() - before
+            worst = max(worst, float((change - expected).norm() / expected.norm()))
+            mine = optimizers[1].state[ours]["momentum"]
+            mean = mine.clone()
+            torch.distributed.all_reduce(mean, group=group)
+            mean /= 4
+            true = optimizers[0].state[theirs]["momentum"]
+            momentum_error = max(momentum_error, float((mean - true).norm() / true.norm()))
+            apart = max(apart, float((mine - mean).norm() / mean.norm()))
+            # From a shared state: the synchronous one takes over what the other has.
+            theirs.data.copy_(ours.detach())
+            true.copy_(mean)
+            optimizers[0].state[theirs]["Q"].copy_(optimizers[1].state[ours]["Q"])
+    return worst, momentum_error, apart

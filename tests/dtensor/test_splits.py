@@ -1,0 +1,87 @@
+"""Logical matrices on one device, against the oracle; `test_on_ranks.py` compares every layout with one device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from dion_dtensor import Muon
+from dion_dtensor.matrices import parse_split
+from dion_ref import ALGORITHMS
+from dion_ref import matrices as oracle
+from tests.dtensor.split_programs import SHAPES, split_steps, tensors
+
+ORACLE_SPLITS: dict[str, Any] = {
+    "rows(9, 5, 5)": oracle.Rows((9, 5, 5)),
+    "heads(4)": oracle.Heads(4),
+    "interleaved_rows((3, 1, 1), 3)": oracle.InterleavedRows((3, 1, 1), 3),
+    "interleaved_rows((3, 2, 1), 2, True)": oracle.InterleavedRows((3, 2, 1), 2, stacked=True),
+    "experts": oracle.Experts(),
+    "flatten": oracle.Flatten(),
+}
+HYPERS: dict[str, dict[str, Any]] = {
+    "muon": {},
+    "normuon": {},
+    "dion": {"rank_fraction": 0.5},
+    "orth_dion": {"rank_fraction": 0.5},
+    "dion2": {"fraction": 0.4},
+    "dion3": {"fraction": 0.4},
+}
+
+
+@pytest.mark.parametrize("name", HYPERS)
+@pytest.mark.parametrize("split", SHAPES)
+def test_a_split_parameter_steps_as_the_oracle_says(split: str, name: str) -> None:
+    ours = split_steps(name, split, None, {"compile": False})
+    assert ours is not None
+    rule, cut = ALGORITHMS[name], ORACLE_SPLITS[split]
+    drawn = tensors(SHAPES[split], 6)
+    for index, parameter in enumerate(("first", "second")):
+        weight = drawn[index]
+        hyper = rule.Hyper(lr=0.05, weight_decay=0.1, **HYPERS[name])
+        state = rule.init(weight, hyper, name=parameter, seed=0, split=cut)
+        for step in (1, 2):
+            weight, state = rule.step(weight, drawn[2 * step + index], state, hyper, split=cut)
+        error = (ours["weight"][index] - weight).norm() / weight.norm()
+        assert error < 1e-12
+        momenta = cut.merge([one.momentum for one in state], SHAPES[split])
+        torch.testing.assert_close(ours["momentum"][index], momenta, rtol=1e-11, atol=1e-13)
+
+
+@pytest.mark.parametrize("split", SHAPES)
+def test_a_split_is_read_back_from_its_text(split: str) -> None:
+    assert str(parse_split(split)).replace(",)", ")") == str(split).replace(",)", ")")
+    assert parse_split(str(parse_split(split))) == parse_split(split)
+
+
+@pytest.mark.parametrize("split", SHAPES)
+def test_merge_undoes_split(split: str) -> None:
+    cut = parse_split(split)
+    assert cut is not None
+    stack = torch.randn(2, *SHAPES[split])
+    pieces = cut.split(stack)
+    assert torch.equal(cut.merge(pieces, SHAPES[split]), stack)
+    expected = [(2 * p.count, p.m, p.n) for p in cut.pieces(SHAPES[split])]
+    assert [tuple(piece.shape) for piece in pieces] == expected
+
+
+@pytest.mark.parametrize(
+    ("split", "shape", "message"),
+    [
+        ("rows(3, 4)", (8, 5), "needs a matrix of 7 rows, not the shape \\[8, 5\\]"),
+        ("heads(3)", (8, 5), "rows divide by 3"),
+        ("experts", (8, 5), "three dims"),
+        ("flatten", (8, 5), "three to five dims"),
+        ("columns(3)", (8, 5), "is unknown; write rows"),
+        ("rows(a)", (8, 5), "cannot be read"),
+        (None, (2, 8, 5), "split='experts' or 'flatten'"),
+    ],
+)
+def test_a_split_that_does_not_fit_is_refused_by_name(
+    split: str | None, shape: tuple[int, ...], message: str
+) -> None:
+    group = {"params": [("fused.weight", torch.nn.Parameter(torch.ones(shape)))], "split": split}
+    with pytest.raises(ValueError, match=message):
+        Muon([group])
