@@ -94,7 +94,7 @@ class Ranks:
                 (results if good else problems)[rank] = value
                 if not good:  # the others may wait for it in a collective
                     patience = PATIENCE_SECONDS
-        problems |= {rank: "no answer" for rank in waiting.values()}
+        problems |= dict.fromkeys(waiting.values(), "no answer")
         if problems:
             if waiting:
                 self._kill()

@@ -43,7 +43,9 @@ def make(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     named = [(key.removeprefix("module."), p) for key, p in model.named_parameters()]
     group = {"params": named, "algorithm": "dion" if name == "orth_dion" else name}
     own = {"rank_fraction": 0.5} if name in ("dion", "orth_dion") else {}
-    made: torch.optim.Optimizer = OPTIMIZERS[name]([group], compile=False, **OWN.get(name, {}), **own, **options)
+    made: torch.optim.Optimizer = OPTIMIZERS[name](
+        [group], compile=False, **OWN.get(name, {}), **own, **options
+    )
     return made
 
 
@@ -79,7 +81,9 @@ def replicated(name: str, kind: str, steps: int = 3) -> dict[str, Any] | None:
     return {
         "weight": [whole(p) for p in model.parameters()],
         "momentum": [whole(state["momentum"]) for state in saved["state"].values() if "momentum" in state],
-        "local": [type(state["momentum"]) is not DTensor for state in saved["state"].values() if "momentum" in state],
+        "local": [
+            type(state["momentum"]) is not DTensor for state in saved["state"].values() if "momentum" in state
+        ],
     }
 
 

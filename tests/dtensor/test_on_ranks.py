@@ -5,7 +5,9 @@ One file, so that one test process owns the ranks.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,12 +15,17 @@ import torch
 from torch import Tensor
 
 from tests.dtensor import sharded_programs as programs
+from tests.dtensor.checkpoint_programs import RESHARDINGS, resumed
 from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
+from tests.dtensor.replica_programs import low_rank_steps, replicated
+from tests.dtensor.split_programs import SHAPES as SPLITS
+from tests.dtensor.split_programs import split_steps
 
 COMPILED_SHAPES = ((13, 10), (13, 10), (13, 10))
 COMPILED = [layout(text) for text in ("2x2 T0 S0", "2x2 S0 S1", "2x2 R S0", "4 S0")]
+SAMPLE = [layout(text) for text in ("4 S0", "2x2 S0 S1", "2x2 T0 S0", "2x3 S0 S1", "8 S0", "2x2x2 R S0 S1")]
 ELEMENTWISE = [*COMPILED, layout("4 R"), layout("2x2x2 R S0 S1")]
 
 
@@ -37,29 +44,102 @@ def error(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).norm() / theirs.norm())
 
 
-def up_to_sign(ours: Tensor, theirs: Tensor) -> Tensor:
-    """Columns of Q with the signs of ``theirs``: a QR may choose them freely."""
-    return ours * (ours * theirs).sum(0, keepdim=True).sign()
+def cases(names: Sequence[str], layouts: Sequence[Layout], sample: Sequence[Layout]) -> list[Any]:
+    """Each name on each layout; those outside the sample run in the long sweep."""
+    return [
+        pytest.param(name, where, id=f"{name}-{where}", marks=[] if where in sample else pytest.mark.slow)
+        for name in names
+        for where in layouts
+    ]
 
 
-@pytest.mark.parametrize("where", LAYOUTS, ids=str)
-def test_muon_is_bitwise_that_of_one_device(ranks: Ranks, where: Layout) -> None:
-    expected = on_one_device("muon", False)
-    for result in ranks.run(where.world, run_steps_with, "muon", where, {"compile": False}):
+WHOLE = [*cases(["muon"], LAYOUTS, LAYOUTS), *cases(["normuon", "dion2", "dion3"], LAYOUTS, SAMPLE)]
+LOW_RANK = [*cases(["dion"], LAYOUTS, LAYOUTS), *cases(["orth_dion"], LAYOUTS, SAMPLE)]
+
+
+@pytest.mark.parametrize(("name", "where"), WHOLE)
+def test_whole_matrix_rules_are_bitwise_those_of_one_device(ranks: Ranks, name: str, where: Layout) -> None:
+    expected = on_one_device(name, False)
+    for result in ranks.run(where.world, run_steps_with, name, where, {"compile": False}):
         for key, values in expected.items():
             for index, value in enumerate(values):
                 assert torch.equal(result[key][index], value), (key, index)
 
 
-@pytest.mark.parametrize("where", LAYOUTS, ids=str)
-def test_dion_is_that_of_one_device(ranks: Ranks, where: Layout) -> None:
-    expected = on_one_device("dion", False)
-    for result in ranks.run(where.world, run_steps_with, "dion", where, {"compile": False}):
-        for index, weight in enumerate(expected["weight"]):
-            assert error(result["weight"][index], weight) < 1e-11
-            assert error(result["momentum"][index], expected["momentum"][index]) < 1e-11
-            Q = expected["Q"][index]
-            assert error(up_to_sign(result["Q"][index], Q), Q) < 1e-11
+@pytest.mark.parametrize("name", ["dion2", "dion3"])
+def test_chosen_rows_may_travel_with_all_others(ranks: Ranks, name: str) -> None:
+    expected = on_one_device(name, False)
+    options = {"compile": False, "path": "assemble"}
+    for where in (layout("4 S0"), layout("2x2 T0 S0")):
+        for result in ranks.run(where.world, run_steps_with, name, where, options):
+            assert all(torch.equal(a, b) for a, b in zip(result["weight"], expected["weight"], strict=True))
+
+
+@pytest.mark.parametrize(("name", "where"), LOW_RANK)
+def test_low_rank_rules_are_those_of_one_device(ranks: Ranks, name: str, where: Layout) -> None:
+    expected = on_one_device(name, False)
+    for result in ranks.run(where.world, run_steps_with, name, where, {"compile": False}):
+        for key in ("weight", "momentum", "Q"):
+            for ours, theirs in zip(result[key], expected[key], strict=True):
+                assert error(ours, theirs) < 1e-11
+
+
+SPLIT_LAYOUTS = {
+    "rows(9, 5, 5)": ["4 S0", "2x2 T0 S0", "2x2 S0 S1"],
+    "heads(4)": ["4 S0", "3 S0", "2x2 T0 S0", "4 S1"],
+    "interleaved_rows((3, 1, 1), 3)": ["3 S0"],
+    "interleaved_rows((3, 2, 1), 2, True)": ["2x2 S0 S1"],
+    "experts": ["4 S0", "8 S0", "2x2 S0 S0", "2x2x2 S0 S1 S2", "2x2x2 S0 R S1", "2x2 S1 S0"],
+    "flatten": ["4 S0", "2x2 S0 S2"],
+}
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3"])
+@pytest.mark.parametrize("split", SPLITS)
+def test_logical_matrices_are_those_of_one_device(ranks: Ranks, split: str, name: str) -> None:
+    expected = split_steps(name, split, None, {"compile": False})
+    assert expected is not None
+    for where in map(layout, SPLIT_LAYOUTS[split]):
+        for result in ranks.run(where.world, split_steps, name, split, where, {"compile": False}):
+            assert set(result) == set(expected)
+            for key, values in expected.items():
+                for ours, theirs in zip(result[key], values, strict=True):
+                    if name in ("dion", "orth_dion"):
+                        assert error(ours, theirs) < 1e-11, (where, key)
+                    else:
+                        assert torch.equal(ours, theirs), (where, key)
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3", "adamw", "lion"])
+def test_replicas_share_the_work_and_agree(ranks: Ranks, name: str) -> None:
+    expected = replicated(name, "plain")
+    assert expected is not None
+    for kind in ("ddp", "no_sync", "fsdp"):
+        for result in ranks.run(4, replicated, name, kind):
+            assert all(result["local"]) == (kind != "fsdp")
+            for key in ("weight", "momentum"):
+                for ours, theirs in zip(result[key], expected[key], strict=True):
+                    assert error(ours, theirs) < 1e-13, (kind, key)
+
+
+def test_low_rank_sync_is_the_synchronous_run(ranks: Ranks) -> None:
+    for update, momentum, apart in ranks.run(4, low_rank_steps, 50):
+        assert update < 1e-10
+        assert momentum < 1e-10
+        assert apart > 1  # the ranks' momenta were never averaged
+
+
+@pytest.mark.parametrize("resharding", RESHARDINGS)
+@pytest.mark.parametrize("name", ["muon", "normuon", "dion", "dion2", "dion3", "adamw"])
+def test_a_checkpoint_goes_from_one_mesh_to_another(
+    ranks: Ranks, tmp_path: Path, name: str, resharding: str
+) -> None:
+    straight, loaded = ranks.run(8, resumed, name, resharding, str(tmp_path / "checkpoint"))[0]
+    for ours, theirs in zip(loaded, straight, strict=True):
+        if name == "dion":
+            assert error(ours, theirs) < 1e-11
+        else:
+            assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("name", ["adamw", "lion"])
@@ -71,21 +151,31 @@ def test_elementwise_rules_are_bitwise_those_of_one_device(ranks: Ranks, where: 
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(result[key], values, strict=True))
 
 
-@pytest.mark.parametrize("name", ["muon", "dion"])
-@pytest.mark.parametrize("where", COMPILED, ids=str)
-def test_compiled_agrees(ranks: Ranks, where: Layout, name: str) -> None:
+EVERY = ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3"]
+
+
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        *cases(["muon", "dion"], COMPILED, COMPILED[:2]),
+        *cases(EVERY[1:2] + EVERY[3:], COMPILED, COMPILED[:1]),
+    ],
+)
+def test_compiled_agrees(ranks: Ranks, name: str, where: Layout) -> None:
     expected = on_one_device(name, True)
     options = {"compile": True, "shapes": COMPILED_SHAPES}
     for result in ranks.run(where.world, run_steps_with, name, where, options):
         for index, weight in enumerate(expected["weight"]):
-            assert error(result["weight"][index], weight) < (1e-14 if name == "muon" else 1e-11)
+            assert error(result["weight"][index], weight) < (
+                1e-11 if name in ("dion", "orth_dion") else 1e-14
+            )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["muon", "dion"])
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("where", [one for one in LAYOUTS if one not in COMPILED], ids=str)
 def test_compiled_agrees_everywhere(ranks: Ranks, where: Layout, name: str) -> None:
-    test_compiled_agrees(ranks, where, name)
+    test_compiled_agrees(ranks, name, where)
 
 
 @pytest.mark.parametrize("algorithm", ["muon", "dion"])

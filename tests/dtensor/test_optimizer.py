@@ -216,9 +216,7 @@ def test_bad_gradient_is_named_and_nothing_is_written(bad: float) -> None:
 
 def test_matrix_rule_refuses_a_vector_by_name() -> None:
     model = Small()
-    with pytest.raises(
-        ValueError, match=r"up\.bias \(\[12\] float32 on one device\): muon takes matrices"
-    ):
+    with pytest.raises(ValueError, match=r"up\.bias \(\[12\] float32 on one device\): muon takes matrices"):
         Muon(list(model.named_parameters()))
 
 

@@ -1,0 +1,103 @@
+"""Training that is saved by ``torch.distributed.checkpoint`` on one mesh and goes on, on another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as checkpoint
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.tensor import DTensor
+
+from dion_dtensor import param_groups
+from tests.dtensor.layouts import build_mesh, lay_out, layout
+from tests.dtensor.programs import OPTIMIZERS, OWN
+from tests.dtensor.split_programs import whole
+
+# From, to; "plain": tensors without a mesh, the same on every rank.
+RESHARDINGS: Mapping[str, tuple[str, str]] = {
+    "2x2 to 4": ("2x2 T0 S0", "4 S0"),
+    "8 to plain": ("8 S0", "plain"),
+    "TP to FSDP": ("4 S1", "4 S0"),
+    "plain to 2x2": ("plain", "2x2 S0 S1"),
+}
+
+
+class Weights(nn.Module):
+    """Parameters alone: two plain matrices, a fused one, experts, and a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(5)
+        shapes = {"up": (13, 10), "down": (6, 9), "qkv": (19, 10), "experts": (5, 6, 8), "bias": (7,)}
+        for name, shape in shapes.items():
+            drawn = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.register_parameter(name, nn.Parameter(drawn))
+
+    def laid(self, where: str) -> Weights:
+        """The same, sharded; a vector is sharded where rows are."""
+        if where != "plain":
+            mesh = build_mesh(layout(where))
+            for name, parameter in list(self.named_parameters()):
+                codes = layout(where).codes
+                own = tuple("R" if parameter.ndim < 2 and code[1:] == "1" else code for code in codes)
+                laid = lay_out(parameter.detach(), type(layout(where))(layout(where).mesh, own), mesh)
+                setattr(self, name, nn.Parameter(laid))
+        return self
+
+
+def _optimizer(name: str, model: nn.Module) -> torch.optim.Optimizer:
+    groups = param_groups(model, algorithm=name, split={"qkv": (9, 5, 5)}, lr=0.05)
+    own = {"rank_fraction": 0.5} if name == "dion" else OWN.get(name, {})
+    made: torch.optim.Optimizer = OPTIMIZERS[name](groups, compile=False, **own)
+    return made
+
+
+def _step(model: Weights, optimizer: torch.optim.Optimizer, step: int) -> None:
+    generator = torch.Generator().manual_seed(100 + step)
+    for parameter in model.parameters():
+        gradient = torch.randn(tuple(parameter.shape), generator=generator, dtype=torch.float64)
+        if isinstance(parameter, DTensor):
+            everywhere = DTensor.from_local(gradient, parameter.device_mesh, run_check=False)
+            gradient = everywhere.redistribute(placements=parameter.placements)
+        parameter.grad = gradient
+    optimizer.step()
+
+
+def resumed(name: str, resharding: str, path: str) -> tuple[list[Tensor], list[Tensor]]:
+    """Weights after four steps on one device, and with a checkpoint after two, from one mesh to another."""
+    source, target = RESHARDINGS[resharding]
+    _run(name, source, range(2), path, load=False)
+    straight = _run(name, "plain", range(4))
+    assert straight is not None
+    return straight, _run(name, target, range(2, 4), path, load=True) or straight
+
+
+def _run(name: str, where: str, steps: range, path: str = "", load: bool = False) -> list[Tensor] | None:
+    """The weights after ``steps``; saved to ``path``, or loaded from it before; None on ranks outside the mesh."""
+    world = 8 if where == "plain" else layout(where).world
+    group = torch.distributed.new_group(list(range(world)))
+    if where != "plain":
+        build_mesh(layout(where))
+    weights = None
+    if torch.distributed.get_rank() < world:
+        model = Weights().laid(where)
+        optimizer = _optimizer(name, model)
+        if load:
+            saved = _saved(model, optimizer)
+            checkpoint.load(saved, checkpoint_id=path, process_group=group)
+            model.load_state_dict(saved["model"])
+            set_optimizer_state_dict(model, optimizer, saved["optimizer"])
+        for step in steps:
+            _step(model, optimizer, step)
+        if path and not load:
+            checkpoint.save(_saved(model, optimizer), checkpoint_id=path, process_group=group)
+        weights = [whole(parameter) for parameter in model.parameters()]
+    torch.distributed.barrier()
+    return weights
+
+
+def _saved(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
