@@ -11,16 +11,20 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import dion_ref
-from dion_dtensor import Dion, Muon
 from dion_dtensor.orthonormalize import POLYNOMIALS
 from dion_dtensor.orthonormalize.polynomial import norm_factor_of
 from dion_dtensor.philox import normal
 from dion_dtensor.scale import SCALES, scale_factor
 from dion_ref.philox import normal as oracle_normal
+from tests.dtensor.programs import OPTIMIZERS
 
 STATE_FIELDS = {
     "muon": ["momentum"],
+    "normuon": ["momentum", "variance"],
     "dion": ["momentum", "Q"],
+    "orth_dion": ["momentum", "Q"],
+    "dion2": ["momentum"],
+    "dion3": ["momentum", "variance"],
     "adamw": ["exp_avg", "exp_avg_sq"],
     "lion": ["exp_avg"],
 }
@@ -37,7 +41,9 @@ def step_errors(
     named = [(f"layer{index}.weight", parameter) for index, parameter in enumerate(parameters)]
     common = {"lr": 0.03, "weight_decay": 0.2, "cautious": options.pop("cautious", False)}
     group = {"params": named, "algorithm": algorithm, **common, **options}
-    optimizer = (Dion if algorithm == "dion" else Muon)([group], compile=False)
+    if algorithm == "orth_dion":
+        group |= {"algorithm": "dion", "right_factor": "orthonormalize"}
+    optimizer = OPTIMIZERS[algorithm]([group], compile=False)
     oracle = dion_ref.ALGORITHMS[algorithm]
     hyper = oracle.Hyper(**common, **options)
     states = [oracle.init(p.detach(), hyper, name=name) for name, p in named]
@@ -107,6 +113,43 @@ def test_dion_follows_the_oracle(options: dict[str, Any]) -> None:
     assert max(step_errors("dion", SHAPES, random_gradients(SHAPES), **options)) < 1e-11
 
 
+@pytest.mark.parametrize(
+    ("algorithm", "options"),
+    [
+        ("normuon", {}),
+        ("normuon", {"nesterov": True, "momentum": "ema", "beta2": 0.9, "variance_epsilon": 1e-10}),
+        ("normuon", {"scale": "moonlight", "polynomial": "keller", "cautious": True}),
+        ("dion2", {}),
+        ("dion2", {"fraction": 1.0}),
+        ("dion2", {"fraction": 0.07, "mu": 0.5, "cautious": True, "scale": "keller"}),
+        ("dion3", {}),
+        ("dion3", {"fraction": 1.0, "beta2": 0.5}),
+        ("dion3", {"fraction": 0.55, "polynomial": "you", "epsilon_rule": "clamp"}),
+    ],
+    ids=str,
+)
+def test_rules_on_rows_follow_the_oracle(algorithm: str, options: dict[str, Any]) -> None:
+    assert max(step_errors(algorithm, SHAPES, random_gradients(SHAPES, 4), **options)) < 1e-13
+
+
+@pytest.mark.parametrize("options", [{}, {"rank_fraction": 0.5}, {"scale": None, "cautious": True}], ids=str)
+def test_orth_dion_follows_the_oracle(options: dict[str, Any]) -> None:
+    assert max(step_errors("orth_dion", SHAPES, random_gradients(SHAPES), **options)) < 1e-11
+
+
+@pytest.mark.parametrize("algorithm", ["dion2", "dion3"])
+def test_ties_go_to_the_lowest_index(algorithm: str) -> None:
+    """Rows that are permutations of one another: their sums are the same, in whatever order they are added."""
+    generator = torch.Generator().manual_seed(0)
+    row = torch.randn(9, generator=generator, dtype=torch.float64)
+    tied = torch.stack([row[torch.randperm(9, generator=generator)] for _ in range(7)])
+    parameter = torch.nn.Parameter(torch.zeros_like(tied))
+    optimizer = OPTIMIZERS[algorithm]([parameter], fraction=0.4, compile=False)
+    parameter.grad = tied
+    optimizer.step()
+    assert parameter.detach().abs().sum(1).gt(0).tolist() == [True] * 3 + [False] * 4
+
+
 @pytest.mark.parametrize("algorithm", ["adamw", "lion"])
 @pytest.mark.parametrize("options", [{}, {"betas": (0.8, 0.99)}, {"cautious": True}], ids=str)
 def test_elementwise_rules_follow_the_oracle(algorithm: str, options: dict[str, Any]) -> None:
@@ -114,8 +157,9 @@ def test_elementwise_rules_follow_the_oracle(algorithm: str, options: dict[str, 
     assert max(step_errors(algorithm, shapes, random_gradients(shapes), **options)) < 1e-13
 
 
+@pytest.mark.parametrize("algorithm", ["dion", "orth_dion"])
 @pytest.mark.parametrize("rank", [0, 1, 2])
-def test_dion_leaves_out_what_a_deficient_momentum_lacks(rank: int) -> None:
+def test_dion_leaves_out_what_a_deficient_momentum_lacks(rank: int, algorithm: str) -> None:
     shapes: list[tuple[int, ...]] = [(8, 6), (6, 8), (6, 6)]
     generator = torch.Generator().manual_seed(3)
 
@@ -124,7 +168,7 @@ def test_dion_leaves_out_what_a_deficient_momentum_lacks(rank: int) -> None:
         return (left @ torch.randint(-3, 4, (rank, shape[1]), generator=generator)).double()
 
     gradients = [[deficient(shape) for shape in shapes], *random_gradients(shapes, 2)]
-    assert max(step_errors("dion", shapes, gradients)) < 1e-11
+    assert max(step_errors(algorithm, shapes, gradients)) < 1e-11
 
 
 def test_dion_finds_a_dead_column_before_an_independent_one() -> None:
@@ -137,9 +181,9 @@ def test_dion_finds_a_dead_column_before_an_independent_one() -> None:
     assert torch.equal(basis.abs(), expected)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(
-    algorithm=st.sampled_from(["muon", "dion"]),
+    algorithm=st.sampled_from(["muon", "normuon", "dion", "dion2", "dion3"]),
     shape=st.tuples(st.integers(1, 12), st.integers(1, 12)),
     seed=st.integers(0, 1000),
     exponent=st.integers(-6, 6),
@@ -147,7 +191,7 @@ def test_dion_finds_a_dead_column_before_an_independent_one() -> None:
 def test_any_shape_and_size(algorithm: str, shape: tuple[int, int], seed: int, exponent: int) -> None:
     gradients = [[grad * 10.0**exponent for grad in step] for step in random_gradients([shape], 2, seed)]
     # A square Gaussian matrix may be nearly singular, and the last column of P is then worth that many digits less.
-    bound = 1e-12 if algorithm == "muon" else 1e-9
+    bound = 1e-9 if algorithm == "dion" else 1e-12
     assert max(step_errors(algorithm, [shape], gradients)) < bound
 
 
