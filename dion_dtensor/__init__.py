@@ -6,6 +6,17 @@ print(audit(optimizer))
 """
 
 from dion_dtensor.groups import audit, param_groups
+from dion_dtensor.imports import import_state_dict
 from dion_dtensor.optimizers import Dion, Dion2, Dion3, Muon, NorDion2, NorMuon
 
-__all__ = ["Dion", "Dion2", "Dion3", "Muon", "NorDion2", "NorMuon", "audit", "param_groups"]
+__all__ = [
+    "Dion",
+    "Dion2",
+    "Dion3",
+    "Muon",
+    "NorDion2",
+    "NorMuon",
+    "audit",
+    "import_state_dict",
+    "param_groups",
+]

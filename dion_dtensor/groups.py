@@ -17,7 +17,7 @@ __all__ = ["Audit", "AuditRow", "audit", "param_groups"]
 
 # Wrappers that put a prefix into a parameter's name without changing the model.
 HEADS = ("head", "lm_head", "embed_out")
-TOP_HEADS = ("output", "classifier", "fc", "score")
+TOP_HEADS = ("output", "classifier", "heads", "fc", "score")
 CONVOLUTION = "convolution"
 EXPECTED = ("embedding", "output head", "excluded")
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -35,8 +35,8 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters: matrices to ``algorithm``, everything else to ``scalar``.
 
-    To ``scalar`` go embeddings and whatever is tied to one, the output head (a Linear called "head" or "lm_head", or
-    "output", "classifier" or "fc" at the top of the model), 0-D and 1-D parameters, and whatever ``exclude`` matches.
+    To ``scalar`` go embeddings and whatever is tied to one, the output head (the last Linear of a module called "head",
+    "lm_head" or "embed_out", or "output", "classifier", "heads", "fc" or "score" at the top of the model), 0-D and 1-D parameters, and whatever ``exclude`` matches.
     A convolution's weight is one matrix (``split="flatten"``), any other 3-D weight a stack of experts
     (``split="experts"``).  Works on plain, FSDP2- and TP-wrapped models, on Hugging Face's and torchvision's.
 
@@ -119,11 +119,12 @@ def _by_module(model: nn.Module) -> dict[int, str]:
     """What the module of a parameter says of it; embeddings last, since a tied head is one."""
     found = {}
     for name, module in model.named_modules():
-        last = name.rsplit(".", 1)[-1]
         if isinstance(module, nn.modules.conv._ConvNd):
             found[id(module.weight)] = CONVOLUTION
-        elif isinstance(module, nn.Linear) and (last in HEADS or name in TOP_HEADS):
-            found[id(module.weight)] = "output head"
+        elif name.rsplit(".", 1)[-1] in HEADS or name in TOP_HEADS:
+            layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+            if layers:  # of a classifier of several layers, the last
+                found[id(layers[-1].weight)] = "output head"
     for module in model.modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             found.update({id(parameter): "embedding" for parameter in module.parameters()})

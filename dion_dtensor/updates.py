@@ -104,7 +104,9 @@ def _on_pieces(plan: Plan, scalars: dict[str, Any]) -> Callable[..., tuple[Tenso
         directions: list[Tensor] = []
         joint: dict[str, list[Tensor]] = {}
         own: dict[str, Tensor] = {}
-        cut = [piece.contiguous() for piece in split.split(grads)]  # so that sums run in the same order everywhere
+        cut = [
+            piece.contiguous() for piece in split.split(grads)
+        ]  # so that sums run in the same order everywhere
         for index, grad in enumerate(cut):
             states = {}
             for (key, _, piece), value in zip(plan.states, values, strict=True):

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dion_dtensor import Dion, Muon, audit, param_groups
+from dion_dtensor import Dion, Dion2, Muon, audit, param_groups
 from tests.dtensor.small import Small, optimizer_of
 
 
@@ -105,3 +105,67 @@ def test_names_that_differ_by_a_wrapper_only_are_refused() -> None:
         param_groups(Outer())
     del (outer := Outer())._orig_mod
     assert [name for name, _ in param_groups(outer)[0]["params"]] == ["weight", "module.weight"]
+
+
+class Mixed(nn.Module):
+    """A convolution, experts, a fused weight, and a tied head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.experts = nn.Parameter(torch.ones(4, 8, 6))
+        self.attention = nn.Linear(8, 16, bias=False)
+        self.out = nn.Linear(8, 8)
+
+
+def test_convolutions_experts_and_fused_weights_are_cut() -> None:
+    model = Mixed()
+    groups = param_groups(
+        model, algorithm="dion2", split={r"attention": (8, 4, 4)}, heads={r"^out\.weight$": 2}
+    )
+    rows = {row.name: row for row in audit(Dion2(groups, compile=False)).rows}
+    assert rows["stem.weight"].matrices == "1 of 8x27"
+    assert rows["stem.weight"].why == "convolution"
+    assert rows["experts"].matrices == "4 of 8x6"
+    assert rows["attention.weight"].matrices == "1 of 8x8, 1 of 4x8, 1 of 4x8"
+    assert rows["attention.weight"].scale == pytest.approx((1, 0.5**0.5, 0.5**0.5))
+    assert rows["out.weight"].matrices == "2 of 4x8"
+    assert {rows["stem.bias"].rule, rows["out.bias"].rule} == {"adamw"}
+
+
+def test_a_pattern_that_matches_nothing_or_twice_is_refused() -> None:
+    for options in ({"split": {"nowhere": (8, 8)}}, {"heads": {"nowhere": 2}}):
+        with pytest.raises(ValueError, match="pattern 'nowhere' matches no parameter"):
+            param_groups(Mixed(), **options)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"attention\.weight is matched by"):
+        param_groups(Mixed(), split={"attention": (8, 8)}, heads={"weight": 2})
+
+
+def test_strict_audit_fails_closed() -> None:
+    model = Mixed()
+    muon = Muon(param_groups(model, exclude=["out"]), compile=False)
+    assert len(audit(muon, strict=True).rows) == len(list(model.parameters()))
+    adamw = Muon(
+        [{"params": [("experts", model.experts)], "algorithm": "adamw"}, *param_groups(model.out)],
+        compile=False,
+    )
+    with pytest.raises(
+        ValueError, match=r"not orthonormalized:\n  experts \(\[4, 8, 6\] float32 on one device\)"
+    ):
+        audit(adamw, strict=True)
+
+
+@pytest.mark.parametrize("make_model", ["vit_b_16", "resnet18", "convnext_tiny"])
+def test_torchvision_models_are_claimed_whole(make_model: str) -> None:
+    models = pytest.importorskip("torchvision.models")
+    with torch.device("meta"):
+        model = getattr(models, make_model)()
+    groups = param_groups(model, algorithm="muon")
+    claimed = [name for group in groups for name, _ in group["params"]]
+    assert sorted(claimed) == sorted(name for name, _ in model.named_parameters())
+    by_rule = {name: (group["algorithm"], group["split"]) for group in groups for name, _ in group["params"]}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d):
+            assert by_rule[f"{name}.weight"] == ("muon", "flatten")
+    head = {"vit_b_16": "heads.head.weight", "resnet18": "fc.weight", "convnext_tiny": "classifier.2.weight"}
+    assert by_rule[head[make_model]][0] == "adamw"
