@@ -28,6 +28,7 @@ __all__ = [
     "norm",
     "on_whole_matrices",
     "own_shard",
+    "placed",
     "product",
     "reduced",
     "relaid",
@@ -115,6 +116,11 @@ def relaid(
     return from_local(local, mesh, split(before), shape).redistribute(placements=split(after)).to_local()
 
 
+def placed(values: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
+    """This rank's shard of plain ``values``, which every rank holds whole (no communication)."""
+    return _local(DTensor.from_local(values, mesh, run_check=False).redistribute(placements=placements))
+
+
 def own_shard(tensor: Tensor, layout: StorageLayout) -> Tensor:
     """This rank's shard of ``tensor`` in ``layout``; communicates only if ``tensor`` does not lie so yet.
 
@@ -134,7 +140,7 @@ def scattered(values: Tensor, layout: StorageLayout) -> Tensor:
     """This rank's shard in ``layout`` of ``values``, which every rank holds whole (no communication)."""
     if layout.mesh is None:
         return values
-    return own_shard(DTensor.from_local(values, layout.mesh, run_check=False), layout)
+    return placed(values, layout.mesh, layout.placements)
 
 
 def elementwise(function: Callable[..., Tensor], stack: Tensor, *others: Tensor) -> Tensor:

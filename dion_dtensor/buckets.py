@@ -204,15 +204,18 @@ class Bucket:
 
     def _initial_stack(self, key: str, seed: int) -> Tensor:
         if not self.forms[self.members[0]][key].spec.normal:
-            return torch.cat([self._zeros(member, key) for member in self.members])
+            return torch.cat([self._zeros(member, key) for member in self.members]).contiguous()
         return torch.cat([initial_entries(m, self.forms[m][key], seed) for m in self.members])
 
     def _zeros(self, member: Member, key: str) -> Tensor:
-        form = member.form
-        shape = (
-            (form.count, *self.forms[member][key].entry.local_shape()) if form else (member.local.numel(),)
+        form, state = member.form, self.forms[member][key]
+        if form is None or state.spec.dims is None:
+            like = member.local.reshape(-1) if form is None else member.fold(member.local)
+            return torch.zeros_like(like, dtype=self.state_dtype, memory_format=torch.contiguous_format)
+        zeros = scattered(
+            torch.zeros(state.entry.shape, dtype=self.state_dtype, device=self.device), state.entry
         )
-        return torch.zeros(shape, dtype=self.state_dtype, device=self.device)
+        return zeros.expand(form.count, *zeros.shape)
 
     def _join(self, members: Sequence[Member], tensors: Sequence[Tensor]) -> Tensor:
         """Local shards of the parameters' shapes to the local stack; a view if there is one only."""
@@ -247,8 +250,10 @@ class Bucket:
         """Views of a local stack, one a member, in the shape of its state ``key`` or of its parameter."""
         parts = torch.split(stack, [self._length(member) for member in members])
         for member, part in zip(members, parts, strict=True):
-            shape = member.local.shape if key is None else self.forms[member][key].shown.local_shape()
-            yield part.view(shape) if member.form is None else member.unfold(part, tuple(shape))
+            if member.form is None:
+                yield part.view(member.local.shape)
+            else:
+                yield member.unfold(part, None if key is None else self.forms[member][key].spec.dims)
 
 
 def make_buckets(

@@ -36,7 +36,8 @@ def param_groups(
     """Sort a model's parameters: matrices to ``algorithm``, everything else to ``scalar``.
 
     To ``scalar`` go embeddings and whatever is tied to one, the output head (the last Linear of a module called "head",
-    "lm_head" or "embed_out", or "output", "classifier", "heads", "fc" or "score" at the top of the model), 0-D and 1-D parameters, and whatever ``exclude`` matches.
+    "lm_head" or "embed_out", or "output", "classifier", "heads", "fc" or "score" at the top of the model), 0-D and 1-D
+    parameters, and whatever ``exclude`` matches.
     A convolution's weight is one matrix (``split="flatten"``), any other 3-D weight a stack of experts
     (``split="experts"``).  Works on plain, FSDP2- and TP-wrapped models, on Hugging Face's and torchvision's.
 

@@ -6,7 +6,6 @@ Words: an *axis* belongs to a ``DeviceMesh``, a *dim* to a tensor.  Everything h
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -130,29 +129,15 @@ class StorageLayout:
 
         return replace(self, shape=tuple(sizes), dtype=dtype, placements=tuple(map(placed, self.placements)))
 
-    def local_shape(self) -> tuple[int, ...]:
-        """The shape of this rank's shard."""
-        here = self.mesh.get_coordinate() if self.mesh is not None else ()
-        assert here is not None
-        return tuple(
-            len(held[tuple(here[axis] for axis in self.axes_sharding(dim))])
-            for dim, held in enumerate(self._held())
-        )
-
     def largest_shard(self) -> int:
         """Elements of the largest shard of any rank, the same on all ranks."""
-        return math.prod(max(map(len, held.values())) for held in self._held())
-
-    def _held(self) -> list[dict[tuple[int, ...], list[int]]]:
-        """For each dim, the indices that each rank holds."""
-        return [
-            owners(
-                size,
-                tuple(self.mesh.size(axis) for axis in self.axes_sharding(dim)) if self.mesh else (),
-                tuple(self.placements[axis] for axis in self.axes_sharding(dim)),
-            )
-            for dim, size in enumerate(self.shape)
-        ]
+        most = 1
+        for dim, size in enumerate(self.shape):
+            axes = self.axes_sharding(dim)
+            sizes = tuple(self.mesh.size(axis) for axis in axes) if self.mesh is not None else ()
+            held = owners(size, sizes, tuple(self.placements[axis] for axis in axes))
+            most *= max(map(len, held.values()))
+        return most
 
     def axes_sharding(self, dim: int) -> tuple[int, ...]:
         """The mesh axes that shard ``dim``."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -216,11 +216,20 @@ class Member:
         missing = form.count - len(entries)
         return torch.cat((entries, entries.new_zeros(missing, *entries.shape[1:]))) if missing else entries
 
-    def unfold(self, entries: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Entries ``[count, ...]`` of the stack as a local tensor of ``shape``; a view of a contiguous stack."""
+    def unfold(self, entries: Tensor, dims: Sequence[str | None] | None = None) -> Tensor:
+        """Entries ``[count, ...]`` of the stack as a local tensor, a view of a contiguous stack.
+
+        Args:
+            entries: this member's.
+            dims: of the state, as in its spec; None for the shape of the parameter.
+        """
         assert self.form is not None
-        own = entries[: len(self.form.numbers)] if self.form.kind == "units" else entries
-        return own.reshape(shape)
+        own = entries[: len(self.form.numbers)] if self.form.kind == "units" else entries[0]
+        if dims is None:
+            return own.reshape(self.local.shape)
+        if self.form.kind == "units" and "rank" not in dims:
+            return own.reshape(*self.local.shape[:-1], 1)
+        return own
 
     def shown(self, layout: StorageLayout, local: Tensor) -> Tensor:
         """State as the user sees it: a DTensor beside a DTensor, on the mesh that the parameter knows."""

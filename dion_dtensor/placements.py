@@ -10,10 +10,9 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
-from dion_dtensor.layout import move_shard, owners, shard_dim
+from dion_dtensor.layout import move_shard, shard_dim
 
 __all__ = [
     "axes_sharding",
@@ -22,10 +21,10 @@ __all__ = [
     "of_pending",
     "of_product",
     "of_reduced",
+    "of_row_values",
     "of_rows",
     "of_transposed",
     "of_whole_dim",
-    "rows_here",
     "same",
     "suit",
 ]
@@ -79,13 +78,9 @@ def axes_sharding(placements: Placements, dim: int) -> tuple[int, ...]:
 
 
 @constant
-def rows_here(mesh: DeviceMesh, placements: Placements, rows: int) -> tuple[int, ...]:
-    """The rows of matrices ``[rows, n]`` in a stack with ``placements`` that this rank holds."""
-    axes = [axis for axis, p in enumerate(placements) if shard_dim(p) == 1]
-    here = mesh.get_coordinate()
-    assert here is not None
-    held = owners(rows, tuple(mesh.size(axis) for axis in axes), tuple(placements[axis] for axis in axes))
-    return tuple(held[tuple(here[axis] for axis in axes)])
+def of_row_values(placements: Placements) -> Placements:
+    """A value for each row of a stack with ``placements``: sharded as its rows."""
+    return tuple(p if shard_dim(p) == 1 else Replicate() for p in placements)
 
 
 @constant

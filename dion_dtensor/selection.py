@@ -14,7 +14,15 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
 from dion_dtensor import placements as algebra
-from dion_dtensor.assembly import across, elementwise, from_local, on_whole_matrices, relaid, whole_dim
+from dion_dtensor.assembly import (
+    across,
+    elementwise,
+    from_local,
+    on_whole_matrices,
+    placed,
+    relaid,
+    whole_dim,
+)
 from dion_dtensor.exchange import fetch_rows, return_rows, route
 from dion_dtensor.layout import sharing_axes
 
@@ -51,8 +59,8 @@ def row_sums(stack: Tensor) -> Tensor:
 
 
 def _largest(values: Tensor) -> Tensor:
-    """``[N, 1, 1]``; zero where the shard is empty."""
-    return values.amax((1, 2), keepdim=True) if values.numel() else values.new_zeros(values.shape[0], 1, 1)
+    """``[N, 1, 1]``; zero where the shard is empty, which a maximum alone refuses."""
+    return torch.nn.functional.pad(values, (0, 1, 0, 1)).amax((1, 2), keepdim=True)
 
 
 def _multiples(values: Tensor, largest: Tensor, count: int) -> Tensor:
@@ -152,32 +160,31 @@ def _slots(stack: Tensor, chosen: Tensor) -> Tensor:
     """``[N, rows held here, 1]``: which of the chosen rows each row is, or -1."""
     count = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
     slots = torch.full((chosen.shape[0], stack.shape[1]), -1, device=chosen.device).scatter(1, chosen, count)
+    slots = slots.unsqueeze(-1)
     if isinstance(stack, DTensor):
-        here = algebra.rows_here(stack.device_mesh, stack.placements, stack.shape[1])
-        if len(here) != stack.shape[1]:
-            slots = slots[:, torch.tensor(here, dtype=torch.long, device=chosen.device)]
-    return slots.unsqueeze(-1)
+        return placed(slots, stack.device_mesh, algebra.of_row_values(stack.placements))
+    return slots
 
 
 def _spread(values: Tensor, chosen: Tensor, stack: Tensor) -> Tensor:
     """``values`` ``[N, k, n]`` as rows of zeros laid as ``stack``."""
     slots = _slots(stack, chosen)
 
-    def placed(shard: Tensor) -> Tensor:
+    def spread(shard: Tensor) -> Tensor:
         rows = values.gather(1, slots.clamp(min=0).expand(-1, -1, values.shape[2]))
         return torch.where(slots >= 0, rows, 0)
 
-    return elementwise(placed, stack)
+    return elementwise(spread, stack)
 
 
 def _replaced(state: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
     """``state`` ``[N, m, 1]`` with ``values`` ``[N, k, 1]`` in the chosen rows."""
     slots = _slots(state, chosen)
 
-    def placed(shard: Tensor) -> Tensor:
+    def replaced(shard: Tensor) -> Tensor:
         return torch.where(slots >= 0, values.gather(1, slots.clamp(min=0)), shard)
 
-    return elementwise(placed, state)
+    return elementwise(replaced, state)
 
 
 def _global_shape(

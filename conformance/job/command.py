@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from conformance import launch
-from conformance.job.settings import DTYPES, OPTIMIZERS, Settings
+from conformance.job.settings import DTYPES, OPTIMIZERS, USUAL, Settings
 from conformance.meshes import SIMULATED
 
 MATRIX_OPTIMIZERS = tuple(name for name, one in OPTIMIZERS.items() if one.algorithm != one.scalar)
@@ -29,7 +29,8 @@ def run(
         int | None, typer.Option(min=1, help="Optimizer steps of every run.  [default: 20]")
     ] = None,
     optimizer: Annotated[
-        list[str] | None, typer.Option(help=f"Only this one (repeatable): {', '.join(OPTIMIZERS)}.")
+        list[str] | None,
+        typer.Option(help=f"This one (repeatable): {', '.join(OPTIMIZERS)}.  [default: {', '.join(USUAL)}]"),
     ] = None,
     dtype: Annotated[
         list[str] | None, typer.Option(help=f"Only this one (repeatable): {', '.join(DTYPES)}.")

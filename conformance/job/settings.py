@@ -69,6 +69,9 @@ OPTIMIZERS: Mapping[str, OptimizerSetting] = {
         OptimizerSetting("adamw", "adamw", "adamw", lr=3e-3, scalar_lr=3e-3),
         OptimizerSetting("lion", "lion", "lion", lr=1e-3, scalar_lr=1e-3),
         OptimizerSetting("muon", "muon", "adamw", lr=2e-2, scalar_lr=3e-3),
+        OptimizerSetting("normuon", "normuon", "adamw", lr=2e-2, scalar_lr=3e-3),
+        OptimizerSetting("dion2", "dion2", "adamw", lr=2e-2, scalar_lr=3e-3, hyper={"fraction": 0.25}),
+        OptimizerSetting("dion3", "dion3", "adamw", lr=2e-2, scalar_lr=3e-3, hyper={"fraction": 0.25}),
         OptimizerSetting(
             "dion",
             "dion",
@@ -81,6 +84,9 @@ OPTIMIZERS: Mapping[str, OptimizerSetting] = {
     )
 }
 """By the name the command line takes; cheapest first, so that the first verdict comes early."""
+
+USUAL = ("adamw", "lion", "muon", "dion")
+"""Those of a run that names none: each further one costs a minute or two of compilation."""
 
 LOW_PRECISION_FACTOR = 2.0
 """In float32 and bf16: how many times the error of the oracle's own rerun is allowed."""
@@ -103,7 +109,7 @@ class Settings:
         mutation: hyperparameters given to the optimizer under test alone, to see the job fail.
     """
 
-    optimizers: tuple[str, ...] = tuple(OPTIMIZERS)
+    optimizers: tuple[str, ...] = USUAL
     dtypes: tuple[str, ...] = tuple(DTYPES)
     steps: int = 20
     sequences: int = 4

@@ -157,6 +157,11 @@ def _judge_mesh(setting: OptimizerSetting, settings: Settings, described: Mesh, 
         laid = {n: _distribute(w, mesh, placements_for(n, described)) for n, w in snapshot.weights.items()}
         model = _Named(laid)
         optimizer = make_optimizer(model, setting, dtype, replace(settings, compile=False))
+        for group in optimizer.param_groups:
+            if (
+                "path" in group
+            ):  # the exchange of rows asks each rank for itself, and a simulation is one process
+                group["path"] = "assemble"
         parameters = dict(model.named_parameters())
         for name, parameter in parameters.items():
             parameter.grad = _distribute(snapshot.grads[name], mesh, placements_for(name, described))

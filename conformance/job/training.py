@@ -28,7 +28,9 @@ from conformance.job.sharding import layout, shard
 from conformance.job.text import batch, read_text
 from conformance.launch import Rank
 from conformance.meshes import Mesh, mesh_for
-from dion_dtensor import Dion, Muon, param_groups
+from dion_dtensor import Dion, Dion2, Dion3, Muon, NorMuon, param_groups
+
+OPTIMIZER_OF = {"muon": Muon, "normuon": NorMuon, "dion": Dion, "dion2": Dion2, "dion3": Dion3}
 
 
 def train(rank: Rank, settings: Settings) -> None:
@@ -97,8 +99,10 @@ def make_optimizer(
     if not dtype.exact:
         options["compute_dtype"] = dtype.compute
     if setting.algorithm == "dion":
-        return Dion(groups, seed=settings.seed, **setting.hyper, **options)
-    return Muon(groups, **setting.hyper, **options)
+        options["seed"] = settings.seed
+    kind: Any = OPTIMIZER_OF.get(setting.algorithm, Muon)
+    made: torch.optim.Optimizer = kind(groups, **setting.hyper, **options)
+    return made
 
 
 class _Run:

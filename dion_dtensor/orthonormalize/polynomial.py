@@ -94,6 +94,10 @@ def newton_schulz(
     Returns:
         ``[N, m, n]`` in the dtype of ``stack``.
     """
+    if stack.dtype == torch.float64 and len(stack) > 1 and not torch.compiler.is_compiling():
+        # One by one: a batched product may round otherwise for another number of matrices on this rank.
+        options = (coefficients, epsilon, epsilon_rule, norm_factor)
+        return torch.cat([newton_schulz(matrix.unsqueeze(0), *options) for matrix in stack])
     wide = torch.promote_types(stack.dtype, torch.float32)
     X = stack.to(wide)
     # Summed in float64: the squares of float32 numbers neither overflow nor vanish there.

@@ -65,6 +65,7 @@ def run_steps(
     steps: int = 2,
     dtype: torch.dtype = torch.float64,
     data: Problem | None = None,
+    states: bool = True,
     **options: Any,
 ) -> dict[str, list[Tensor]] | None:
     """Full weights and state after ``steps``; on one device if ``layout`` is None; None on ranks outside the mesh."""
@@ -92,7 +93,7 @@ def run_steps(
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
     result = {"weight": [full(parameter) for parameter in parameters]}
-    for key in optimizer.state[parameters[0]]:
+    for key in optimizer.state[parameters[0]] if states else ():
         result[key] = [full(optimizer.state[parameter][key]) for parameter in parameters]
     return result
 

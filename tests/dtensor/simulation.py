@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
@@ -11,12 +13,12 @@ from tests.dtensor.layouts import Layout
 from tests.dtensor.programs import Problem, run_steps
 
 
-def simulated_steps(name: str, where: Layout, data: Problem) -> list[Tensor]:
+def simulated_steps(name: str, where: Layout, data: Problem, options: dict[str, Any]) -> list[Tensor]:
     """Full weights after a step for each gradient of ``data``, drawn beforehand: inside each rank would draw anew."""
     torch.distributed.init_process_group("fake", rank=0, world_size=where.world, store=FakeStore())
     try:
         with LocalTensorMode(where.world):
-            result = run_steps(name, where, data=data, compile=False)
+            result = run_steps(name, where, data=data, compile=False, states=False, **options)
             assert result is not None
             return [w.reconcile() if isinstance(w, LocalTensor) else w for w in result["weight"]]
     finally:
