@@ -36,3 +36,13 @@ def test_commands_exist(command: str) -> None:
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]+)\)", README))))
 def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
+
+
+def test_the_smallest_rule_runs() -> None:
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/adding_a_rule.md").read_text(), flags=re.DOTALL
+    )
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", block], capture_output=True, text=True, timeout=120
+    )
+    assert result.returncode == 0, result.stderr

@@ -190,3 +190,29 @@ def test_tensor_lr_decays_as_a_float_does() -> None:
         results.append(weight.detach())
     assert all(torch.equal(one, results[0]) for one in results)
     assert results[0][0, 0] == 1 - 3e-9
+
+
+def test_a_parameter_that_changed_under_the_optimizer_is_named() -> None:
+    model = Small()
+    optimizer = optimizer_of(model)
+    backward(model)
+    model.up.weight.data = model.up.weight.data.double()
+    model.up.weight.grad = None
+    with pytest.raises(RuntimeError, match=r"up\.weight .*: the parameter now is \[12, 6\] float64"):
+        optimizer.step()
+
+
+def test_buckets_are_bounded_by_their_bytes() -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(8, 4, generator=generator) for _ in range(5)]
+    results = []
+    for most in (None, 2 * 8 * 4 * 4):
+        parameters = [nn.Parameter(weight.clone()) for weight in weights]
+        optimizer = Muon(parameters, compile=False, max_bucket_bytes=most)
+        assert [len(bucket.members) for bucket in optimizer.buckets] == ([5] if most is None else [2, 2, 1])
+        for parameter, weight in zip(parameters, weights, strict=True):
+            parameter.grad = weight.clone()
+        optimizer.step()
+        results.append(parameters)
+    for whole, turns in zip(*results, strict=True):
+        torch.testing.assert_close(turns, whole)
