@@ -6,6 +6,7 @@ import typer
 
 from conformance.certify.command import certify
 from conformance.job.command import run
+from conformance.vectors.command import app as vectors
 
 app = typer.Typer(
     help="Holds orthonormal optimizers to a float64 oracle.",
@@ -15,6 +16,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("certify")(certify)
+app.add_typer(vectors, name="vectors")
 
 
 def main() -> None:
