@@ -6,6 +6,7 @@ import typer
 
 from conformance.certify.command import certify
 from conformance.job.command import run
+from conformance.port.command import port
 from conformance.vectors.command import app as vectors
 
 app = typer.Typer(
@@ -16,6 +17,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("certify")(certify)
+app.command("port")(port)
 app.add_typer(vectors, name="vectors")
 
 

@@ -72,7 +72,9 @@ def _mean(x: Tensor, dim: Any = None, keepdim: bool = False, *, dtype: Any = Non
     return _sum(x, dim, keepdim, dtype=dtype) / count
 
 
-def _vector_norm(x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None) -> Tensor:
+def _vector_norm(
+    x: Tensor, ord: float = 2, dim: Any = None, keepdim: bool = False, *, dtype: Any = None
+) -> Tensor:
     assert ord == 2
     x = x if dtype is None else x.to(dtype)
     return _sum(x * x, dim, keepdim).sqrt()
@@ -160,7 +162,7 @@ REPLACED: dict[Any, Callable[..., Any]] = {
 }
 
 
-class FixedOrder(TorchDispatchMode):
+class FixedOrder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside it, torch on the CPU computes what the oracle needs in one order, and refuses everything else."""
 
     def __torch_dispatch__(

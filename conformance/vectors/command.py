@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from conformance.vectors.loader import FOLDER, VectorSet, load
 from conformance.vectors.tensors import VectorError
 
-app = typer.Typer(help="The test vectors: make them from the oracle, or check those that are there.", no_args_is_help=True)
+app = typer.Typer(
+    help="The test vectors: make them from the oracle, or check those that are there.", no_args_is_help=True
+)
 
 
 @contextmanager
@@ -33,13 +35,17 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except (VectorError, OSError) as error:
-        Console(stderr=True).print(f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True)
+        Console(stderr=True).print(
+            f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
         raise typer.Exit(2) from None
 
 
 @app.command("make")
 def make(
-    folder: Annotated[Path, typer.Argument(help="Where the set is written; an older set there is replaced.")] = FOLDER,
+    folder: Annotated[
+        Path, typer.Argument(help="Where the set is written; an older set there is replaced.")
+    ] = FOLDER,
 ) -> None:
     """Write the set anew from the oracle: the same bytes on every machine.
 
@@ -74,7 +80,12 @@ def check(
     result = "made again, byte for byte" if remake and not different else f"{len(different)} files differ"
     typer.echo(f"{len(found)} cases of {found.version}: {result if remake else 'hashes as listed'}")
     if json_file is not None:
-        summary = {"cases": len(found), "version": found.version, "levels": _levels(found), "different": different}
+        summary = {
+            "cases": len(found),
+            "version": found.version,
+            "levels": _levels(found),
+            "different": different,
+        }
         json_file.write_text(json.dumps(summary, indent=1) + "\n")
     if different:
         raise typer.Exit(1)

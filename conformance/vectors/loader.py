@@ -122,7 +122,9 @@ def load(folder: Path | str = FOLDER) -> VectorSet:
     index = _json(_read(folder / "index.json"), folder / "index.json")
     schema = index.get("schema") if isinstance(index, dict) else None
     if not isinstance(schema, int):
-        raise VectorError(f"{folder / 'index.json'} has no integer schema version; is it an index of vectors?")
+        raise VectorError(
+            f"{folder / 'index.json'} has no integer schema version; is it an index of vectors?"
+        )
     if schema > SCHEMA:
         raise VectorError(
             f"{folder / 'index.json'} has schema {schema}, this loader reads up to {SCHEMA}; "

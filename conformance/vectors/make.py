@@ -56,7 +56,7 @@ def make_case(plan: Plan, arrays: Arrays) -> dict[str, Any]:
     acceptable: list[tuple[str, Tensor]] = []
     expected: dict[str, Tensor] = {}
     tolerance: dict[str, dict[str, float | None]] = {name: {} for name in ("float64", "float32", "bfloat16")}
-    with FixedOrder():
+    with FixedOrder():  # type: ignore[no-untyped-call]
         if valid:
             expected = oracle.run(plan, drawn)
             _check_margins(plan, drawn)
@@ -227,5 +227,3 @@ def _check_published(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
             raise VectorError(f"{case} was published in {entry['since']}; deprecate it, don't delete it")
         if now["sha256"] != entry["sha256"]:
             raise VectorError(f"{case} was published in {entry['since']}; add a case with a new id instead")
-
-

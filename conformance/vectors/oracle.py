@@ -162,7 +162,7 @@ def derived(plan: Plan) -> dict[str, Any]:
     hyper = plan.hyper
     found: dict[str, Any] = {
         "matrices": [list(shape) for shape in shapes],
-        "scale_factor": [scale_factor(hyper.scale, *shape, hyper.weight_storage) for shape in shapes],
+        "scale_factor": [scale_factor(hyper.scale, m, n, hyper.weight_storage) for m, n in shapes],
     }
     if hasattr(hyper, "rank"):
         found["rank"] = [hyper.rank(*shape) for shape in shapes]
@@ -179,5 +179,3 @@ def split_as_data(split: Any) -> dict[str, Any] | None:
     values = {one.name: getattr(split, one.name) for one in fields(split)}
     plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
     return {"kind": type(split).__name__, **plain}
-
-

@@ -82,7 +82,9 @@ SPLITS: Mapping[str, tuple[Any, tuple[int, ...], str]] = {
 _torch = PRESETS["torch"]
 DIALECTS: Mapping[str, Convention] = {
     **PRESETS,
-    "torch-match-rms": replace(_torch, scale="moonlight", source='torch.optim.Muon, adjust_lr_fn="match_rms_adamw"'),
+    "torch-match-rms": replace(
+        _torch, scale="moonlight", source='torch.optim.Muon, adjust_lr_fn="match_rms_adamw"'
+    ),
     "dion-keller": Convention(polynomial="keller", source="microsoft/dion with its Newton-Schulz"),
     "dion-exact": Convention(polynomial="exact", source="the polar factor itself"),
     "dion-gns": Convention(polynomial="polar_express_gns", source="Dao-AILab/gram-newton-schulz"),
@@ -189,7 +191,9 @@ def _special(algorithm: str, dialect: str) -> Iterator[Plan]:
     yield made("huge", "a gradient of size 1e12", "huge", "weight-decay", shape=TALL, gradient="huge")
     if algorithm not in ("adamw", "lion"):
         yield made("rank-deficient", "a gradient of rank 2", "rank-deficient", gradient="low-rank")
-        yield made("rank-deficient", "a gradient of rank 2", "rank-deficient", shape=(10, 13), gradient="low-rank")
+        yield made(
+            "rank-deficient", "a gradient of rank 2", "rank-deficient", shape=(10, 13), gradient="low-rank"
+        )
     if algorithm in ("dion2", "dion3"):
         yield made("tied", "slices of equal norm, and a zero slice of the momentum", "tied-norms", shape=(9, 12),
                    gradient="tied", hyper=hyper_of(algorithm, dialect, fraction=1 / 3))  # fmt: skip
