@@ -6,6 +6,7 @@ import typer
 
 from conformance.certify.command import certify
 from conformance.job.command import run
+from conformance.mutants.command import mutants
 from conformance.port.command import port
 from conformance.vectors.command import app as vectors
 
@@ -18,6 +19,7 @@ app = typer.Typer(
 app.command("run")(run)
 app.command("certify")(certify)
 app.command("port")(port)
+app.command("mutants")(mutants)
 app.add_typer(vectors, name="vectors")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -121,8 +122,10 @@ def _further() -> list[Mutant]:
         made("unselected slices move too", "L1", ("dion2",), _step("dion2", _moved_everywhere)),
         made("momentum of selected slices cleared", "L1", ("dion2",),
              _step("dion2", lambda f, W, G, s, h: f(W, G, s, replace(h, mu=0.0)))),
-        made("wrong head boundary", "L1", ("muon",), lambda: attribute(matrices.Heads, "split", _shifted_heads)),
-        made("fused QKV as one matrix", "L1", ("muon",), lambda: _whole_rows()),
+        made("wrong head boundary", "L1", ("muon",), lambda: _Methods(
+            matrices.Heads, lambda f, own, x: f(own, x.roll(1, 0)), lambda f, own, p, shape: f(own, p, shape).roll(-1, 0))),
+        made("fused QKV as one matrix", "L1", ("muon",), lambda: _Methods(
+            matrices.Rows, lambda f, own, x: (x,), lambda f, own, p, shape: p[0].clone())),
         made("experts as one matrix", "L1", ("muon",),
              lambda: attribute(matrices.Experts, "split", lambda _: lambda self, x: (x.reshape(1, -1, x.shape[-1]),))),
         made("convolution flattened from the other side", "L1", ("muon",),
@@ -210,25 +213,18 @@ def _moved_everywhere(f: Any, W: Tensor, G: Tensor, s: Any, h: Any) -> tuple[Ten
     return W1 - h.lr * 1e-3 * (s.momentum + G), s1
 
 
-def _shifted_heads(original: Any) -> Any:
-    def split(self: Any, tensor: Tensor) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = original(self, tensor.roll(1, 0))
-        return result
+class _Methods:
+    """Other `split` and `merge` for a split until the end."""
 
-    return split
-
-
-def _whole_rows() -> Any:
-    return attribute(matrices.Rows, "sizes", lambda _: 0) if False else _RowsAsOne()
-
-
-class _RowsAsOne:
-    """`Rows` splits into one piece; momentum and weight are steered through as one matrix."""
+    def __init__(self, split: type, cut: Callable[..., Any], merge: Callable[..., Any]) -> None:
+        self.split: Any = split
+        self.new = cut, merge
 
     def __enter__(self) -> None:
-        self.old = matrices.Rows.split, matrices.Rows.merge
-        matrices.Rows.split = lambda self, tensor: (tensor,)  # type: ignore[method-assign]
-        matrices.Rows.merge = lambda self, pieces, shape: pieces[0].clone()  # type: ignore[method-assign]
+        self.old = self.split.split, self.split.merge
+        cut, merge = (functools.partial(new, old) for new, old in zip(self.new, self.old, strict=True))
+        self.split.split = lambda self, tensor: cut(self, tensor)
+        self.split.merge = lambda self, pieces, shape: merge(self, pieces, shape)
 
     def __exit__(self, *_: object) -> None:
-        matrices.Rows.split, matrices.Rows.merge = self.old  # type: ignore[method-assign]
+        self.split.split, self.split.merge = self.old

@@ -280,6 +280,8 @@ def _cached_problems(algorithm: str, dialect: str, hyper: Any) -> dict[str, _Pro
         drawn = oracle.draw(plan)
         for key in ("weight", "grads"):  # parameters of one shape get values of their own
             drawn[key] = drawn[key] * (1 + index / 4)
+        if index == 1:
+            drawn["grads"][:, -4:] = 0  # at the end of the rows, so that a rank has nothing but zeros
         weight = drawn["weight"]
         initial = oracle.canonical(ALGORITHMS[algorithm].init(weight, hyper, name=_name(index)), plan)
         drawn |= {f"state/{key}": value for key, value in initial.items()}
