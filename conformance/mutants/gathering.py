@@ -34,11 +34,15 @@ class Gathering(torch.optim.Optimizer):
         super().__init__([parameter for _, parameter in params], {"lr": self.hyper.lr})
         for parameter, name in self.names.items():
             weight = self.whole(parameter.detach())
-            first = self.rule.init(weight.double(), self.hyper, name=self.own_name(name))
+            first = self.first(weight, self.own_name(name))
             for one in fields(first):
                 value = getattr(first, one.name)
                 tensor = value if isinstance(value, Tensor) else torch.tensor(float(value))
                 self.state[parameter][one.name] = self.laid(one.name, tensor, parameter)
+
+    def first(self, weight: Tensor, name: str) -> Any:
+        """The oracle's state before the first step."""
+        return self.rule.init(weight, self.hyper, name=name)
 
     def own_name(self, name: str) -> str:
         """The name that keys the first Q."""
@@ -93,6 +97,12 @@ def local(tensor: Tensor) -> Tensor:
 class LocalPiece(Gathering):
     """A piece taken for the whole: each rank steps its own shard."""
 
+    def first(self, weight: Tensor, name: str) -> Any:
+        return super().first(weight, name) if weight.numel() else self.rule.State(weight.clone(), 0)
+
+    def compute(self, weight: Tensor, grad: Tensor, state: Any, parameter: DTensor) -> tuple[Tensor, Any]:
+        return super().compute(weight, grad, state, parameter) if weight.numel() else (weight, state)
+
     def whole(self, tensor: Tensor) -> Tensor:
         return local(tensor).clone()
 
@@ -107,26 +117,26 @@ class LocalPiece(Gathering):
         )  # fmt: skip
 
 
-class LastAxisOnly(Gathering):
+class LastAxisOnly(LocalPiece):
     """The last axis is gathered, the first is not: a `_StridedShard` that `is_shard()` denies, or a forgotten axis."""
 
     def whole(self, tensor: Tensor) -> Tensor:
         if not isinstance(tensor, DTensor):
             return tensor.clone()
-        inner = DTensor.from_local(
-            tensor.to_local(), tensor.device_mesh["tensor"], [tensor.placements[-1]], run_check=False
-        )
-        return inner.full_tensor().clone()
+        everywhere = DTensor.from_local(tensor.full_tensor(), tensor.device_mesh, run_check=False)
+        return everywhere.redistribute(placements=[tensor.placements[0], Replicate()]).to_local().clone()
 
     def laid(self, key: str, value: Tensor, parameter: Tensor) -> Tensor:
         assert isinstance(parameter, DTensor)
-        mesh = parameter.device_mesh["tensor"]
-        piece = DTensor.from_local(value, mesh, run_check=False).redistribute(placements=[parameter.placements[-1]])
-        stride = torch.empty(parameter.shape, device="meta").stride()
-        return DTensor.from_local(
-            piece.to_local().contiguous(), parameter.device_mesh, parameter.placements, run_check=False,
-            shape=parameter.shape, stride=stride,
-        )  # fmt: skip
+        if key == "step":
+            return value.clone()
+        index = torch.arange(parameter.numel()).view(parameter.shape)
+        everywhere = DTensor.from_local(index, parameter.device_mesh, run_check=False)
+        piece = everywhere.redistribute(placements=[parameter.placements[0], Replicate()]).to_local().flatten()
+        own = everywhere.redistribute(placements=parameter.placements).to_local()
+        order = piece.argsort()
+        places = order[torch.searchsorted(piece[order], own.flatten())]
+        return super().laid(key, value.flatten()[places].view(own.shape), parameter)
 
 
 class DroppedShard(Gathering):
@@ -228,6 +238,10 @@ class ZeroTestByShard(Gathering):
 
 class RandomByRank(Gathering):
     """Every rank draws Q from a stream of its own."""
+
+    def first(self, weight: Tensor, name: str) -> Any:
+        """The oracle's state before the first step."""
+        return self.rule.init(weight, self.hyper, name=name)
 
     def own_name(self, name: str) -> str:
         return f"{name}:{dist.get_rank()}"

@@ -21,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._pytree import tree_map
 
 from conformance.adapters import Spec, find
 from conformance.adapters.oracle import make_hyper
@@ -154,6 +155,8 @@ def run_case(adapter: Any, case: MeshCase, dtype: str, rank: Rank, folder: str) 
         return None
     model, optimizer = start(kept[0], case.resume, meshes[1])
     wanted = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    # Copies: loaded in place, the state would come back whatever the port's load_state_dict does with it.
+    wanted = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, wanted)
     state_dict_loader.load(wanted, checkpoint_id=path, process_group=groups[1])
     set_optimizer_state_dict(model, optimizer, wanted["optimizer"])
     steps(model, optimizer, range(RESUME_AFTER, STEPS), case.resume, meshes[1])

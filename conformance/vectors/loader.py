@@ -46,7 +46,8 @@ class Case:
         steps: number of steps.
         result: "valid" (expected holds) or "error" (the step has to be refused).
         tolerance: by compute dtype and quantity; None where that dtype decides nothing.
-        inputs: "weight", "grads" ``[steps, *shape]`` and "state/<key>"; float64, exact in float32 too.
+        inputs: "weight", "grads" ``[steps, *shape]`` and "state/<key>"; float64, exact in float32 too
+            wherever float32 has a tolerance.
         expected: "update" ``[steps, *shape]`` (new weight minus old, by step) and "state/<key>" after the last step.
         acceptable: other results that are no bug: note and update.
     """

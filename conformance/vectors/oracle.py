@@ -42,6 +42,8 @@ def _gradient(plan: Plan, name: str) -> Tensor:
         return torch.zeros(plan.shape, dtype=torch.float64)
     if plan.gradient == "low-rank":
         return inputs.low_rank(plan.shape, 2, name)
+    if plan.gradient == "nearly-low-rank":
+        return inputs.low_rank(plan.shape, 2, name) + inputs.normal(plan.shape, name) * 2.0**-30
     if plan.gradient == "tied":
         return inputs.tied_rows(plan.shape, name)
     values = inputs.normal(plan.shape, name) * SIZE.get(plan.gradient, 1.0)

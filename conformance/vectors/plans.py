@@ -19,6 +19,7 @@ FLAGS: Mapping[str, str] = {
     "tiny": "Gradients of size 1e-12: shows where epsilon stands and how large it is.",
     "huge": "Gradients of size 1e12: squares must not overflow.",
     "rank-deficient": "Fewer independent directions than the rule asks for: rounding must not become an update.",
+    "nearly-dependent": "Directions of relative size 1e-9: float64 tells them from rounding, float32 cannot.",
     "tied-norms": "Slices of equal norm: the lowest index wins.",
     "not-a-number": "One NaN in the gradient: an error, never a finite update.",
     "trajectory": "Ten chained steps: state is carried, counted and decayed as it should be.",
@@ -41,7 +42,7 @@ class Plan:
 
     Attributes:
         name: last part of the id.
-        gradient: "normal", "zero", "tiny", "huge", "low-rank", "tied" or "nan".
+        gradient: "normal", "zero", "tiny", "huge", "low-rank", "nearly-low-rank" (float64 only), "tied" or "nan".
         warm: start from a given state that is not zero.
         schedule: by hyperparameter, its value at each step.
     """
@@ -194,6 +195,9 @@ def _special(algorithm: str, dialect: str) -> Iterator[Plan]:
         yield made(
             "rank-deficient", "a gradient of rank 2", "rank-deficient", shape=(10, 13), gradient="low-rank"
         )
+    if algorithm in ("dion", "orth_dion"):
+        yield made("nearly-dependent", "a gradient of rank 2 and a remainder of size 1e-9", "nearly-dependent",
+                   gradient="nearly-low-rank")  # fmt: skip
     if algorithm in ("dion2", "dion3"):
         yield made("tied", "slices of equal norm, and a zero slice of the momentum", "tied-norms", shape=(9, 12),
                    gradient="tied", hyper=hyper_of(algorithm, dialect, fraction=1 / 3))  # fmt: skip
