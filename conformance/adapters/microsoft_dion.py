@@ -12,7 +12,6 @@ from conformance.adapters import Capabilities, Spec
 from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter
 
 
-
 def _eager(function: Callable[..., Any] | None = None, **_: Any) -> Any:
     """`torch.compile` without compiling: the cases have many small shapes."""
     return (lambda later: later) if function is None else function
@@ -31,7 +30,7 @@ def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
     hyper, algorithm = spec.hyper, spec.algorithm
     options: dict[str, Any] = {key: hyper[key] for key in ("lr", "weight_decay", "epsilon")}
     if algorithm == "dion":
-        options |= {"mu": hyper["mu"], "rank_fraction": hyper["rank_fraction"], "qr_method": "qr"}
+        options |= {"mu": hyper["mu"], "rank_fraction": hyper["rank_fraction"], "qr_method": "rcqr"}
         options["rank_multiple_of"] = hyper["rank_multiple"]
     else:
         options |= {"adjust_lr": SCALES[hyper["scale"]], "flatten": len(spec.shape) > 3}
@@ -55,7 +54,7 @@ adapter = TorchOptimizerAdapter(
     Capabilities(
         name="microsoft/dion",
         algorithms={
-            "muon": ("dion", "dion-keller", "dion-unscaled"),
+            "muon": ("dion", "dion-you", "dion-unscaled"),
             "normuon": ("dion",),
             "dion": ("dion",),
             "dion2": ("dion",),
@@ -67,5 +66,5 @@ adapter = TorchOptimizerAdapter(
     ),
     build,
     state={"momentum": "momentum", "Q": "Q", "variance": "variance_neuron"},
-    hyper={"mu": "mu"},
+    hyper={"mu": ("mu", "ef_decay")},
 )

@@ -72,4 +72,3 @@ class OptaxAdapter:
 
 
 adapter = OptaxAdapter()
-

@@ -27,7 +27,7 @@ class OracleAdapter:
 
     def capabilities(self) -> Capabilities:
         """Everything but meshes, which the oracle does not know."""
-        every = {name: ("*",) for name in (*dion_ref.ALGORITHMS, "orthonormalize")}
+        every = dict.fromkeys((*dion_ref.ALGORITHMS, "orthonormalize"), ("*",))
         return Capabilities(
             "dion_ref", every, ("L0", "L1", "L2"), DTYPES, FEATURES, distribution="dion-conformance"
         )
@@ -116,7 +116,9 @@ def make_split(data: Mapping[str, Any] | None) -> Any:
     if data is None:
         return None
     values = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in data.items() if name != "kind"
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in data.items()
+        if name != "kind"
     }
     return getattr(dion_ref, str(data["kind"]))(**values)
 

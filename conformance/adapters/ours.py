@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,8 +17,8 @@ from dion_dtensor.orthonormalize import newton_schulz
 
 CLASSES = {"muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "dion2": "Dion2", "dion3": "Dion3"}
 SCALAR = ("adamw", "lion")
-COMPILE = False
-"""Vectors are many small shapes: eager. `ci/gpu` compiles."""
+COMPILE = "CONFORMANCE_COMPILE"
+"""The environment variable that asks for compiled steps. Vectors are many small shapes: eager by default."""
 
 
 def _arguments(name: str) -> set[str]:
@@ -33,12 +34,12 @@ def _available() -> dict[str, tuple[str, ...]]:
             found[algorithm] = _dialects(_arguments(name))
     if "right_factor" in _arguments("Dion"):
         found["orth_dion"] = ("dion",)
-    return found | {name: ("dion",) for name in SCALAR}
+    return found | dict.fromkeys(SCALAR, ("dion",))
 
 
 def _dialects(arguments: set[str]) -> tuple[str, ...]:
     """Those that the class has the arguments for."""
-    plain = ("dion", "dion-keller", "dion-gns", "dion-cans", "dion-unscaled")
+    plain = ("dion", "dion-you", "dion-keller", "dion-gns", "dion-cans", "dion-unscaled")
     if not {"momentum", "nesterov", "epsilon_rule"} <= arguments:
         return plain
     return (*plain, "keller", "torch", "torch-match-rms", "moonlight", "nvidia")
@@ -49,7 +50,10 @@ def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
     name = "Dion" if spec.algorithm == "orth_dion" else CLASSES.get(spec.algorithm, "Muon")
     kind = getattr(dion_dtensor, name)
     hyper = {key: _value(value) for key, value in spec.hyper.items()}
-    options: dict[str, Any] = {"compute_dtype": getattr(torch, spec.compute_dtype), "compile": COMPILE}
+    options: dict[str, Any] = {
+        "compute_dtype": getattr(torch, spec.compute_dtype),
+        "compile": bool(os.environ.get(COMPILE)),
+    }
     groups: list[dict[str, Any]] = [{"params": list(params)}]
     if spec.algorithm in SCALAR:
         scalar = ("betas", "epsilon") if spec.algorithm == "adamw" else ("betas",)

@@ -24,7 +24,7 @@ class TorchOptimizerAdapter:
         capabilities: what the port claims.
         build: `(named parameters, spec) -> optimizer`, from `spec.hyper`; the parameters may be DTensors.
         state: by the oracle's key, the optimizer's key in `optimizer.state[parameter]`.
-        hyper: by the oracle's name, the key in `param_groups` of what may change from step to step.
+        hyper: by the oracle's name, the key (or keys, any of which) in `param_groups` of what may change by step.
         orthonormalize: `(matrix, hyper) -> matrix`, for L0.
     """
 
@@ -34,12 +34,13 @@ class TorchOptimizerAdapter:
         build: Build,
         *,
         state: Mapping[str, str] | None = None,
-        hyper: Mapping[str, str] | None = None,
+        hyper: Mapping[str, str | tuple[str, ...]] | None = None,
         orthonormalize: Orthonormalize | None = None,
     ) -> None:
         self._capabilities, self.build = capabilities, build
         self.state_keys = dict(state or {})
-        self.hyper_keys = {"lr": "lr", **(hyper or {})}
+        given = {"lr": "lr", **(hyper or {})}
+        self.hyper_keys = {name: (keys,) if isinstance(keys, str) else keys for name, keys in given.items()}
         self._orthonormalize = orthonormalize
 
     def capabilities(self) -> Capabilities:
@@ -73,9 +74,8 @@ class TorchOptimizerAdapter:
         """One step of the optimizer."""
         named, optimizer, _ = state
         for group in optimizer.param_groups:
-            for name, key in self.hyper_keys.items():
-                if name in hyper and key in group:
-                    group[key] = hyper[name]
+            for name, keys in self.hyper_keys.items():
+                group.update({key: hyper[name] for key in keys if name in hyper and key in group})
         for name, parameter in named:
             parameter.grad = torch.from_numpy(np.array(grads[name]))
         optimizer.step()

@@ -17,7 +17,9 @@ from rich.text import Text
 
 
 def mutants(
-    only: Annotated[list[str] | None, typer.Option(help="Only names that match this glob (repeatable).")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Only names that match this glob (repeatable).")
+    ] = None,
     local: Annotated[bool, typer.Option("--local", help="Only those of L0 to L2, without ranks.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the table to this file.")] = None,
 ) -> None:
@@ -55,12 +57,16 @@ def mutants(
         level = one.mutant.level if one.right else next(iter(one.caught), "-")
         case, said = one.caught.get(level, ("-", "nothing"))
         style = "" if one.right else "bold red"
-        made.add_row(one.mutant.name, one.mutant.subject, one.mutant.level, Text(level, style), case, said[:80])
+        made.add_row(
+            one.mutant.name, one.mutant.subject, one.mutant.level, Text(level, style), case, said[:80]
+        )
     console.print(made)
     caught = sum(one.right for one in catches)
     for one in catches:
         if not one.right:
-            console.print(f"survived at {one.mutant.level}: {one.mutant.name} ({one.mutant.subject})", style="red")
+            console.print(
+                f"survived at {one.mutant.level}: {one.mutant.name} ({one.mutant.subject})", style="red"
+            )
     console.print(f"{caught} of {len(catches)} caught in {time.monotonic() - began:.0f} s", highlight=False)
     if json_file is not None:
         rows = [

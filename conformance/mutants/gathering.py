@@ -56,7 +56,9 @@ class Gathering(torch.optim.Optimizer):
         """This rank's part of a whole value, laid out like the parameter, or replicated."""
         if not isinstance(parameter, DTensor) or key == "step":
             return value.clone()
-        placements = parameter.placements if key in (*WHOLE, "weight") else [Replicate()] * parameter.device_mesh.ndim
+        placements = (
+            parameter.placements if key in (*WHOLE, "weight") else [Replicate()] * parameter.device_mesh.ndim
+        )
         everywhere = DTensor.from_local(value.clone(), parameter.device_mesh, run_check=False)
         return everywhere.redistribute(placements=placements)
 
@@ -80,7 +82,10 @@ class Gathering(torch.optim.Optimizer):
                 values["step"] = int(values["step"])  # type: ignore[assignment]
             assert parameter.grad is not None
             weight, state = self.compute(
-                self.whole(parameter), self.whole(parameter.grad), self.rule.State(**values), parameter  # type: ignore[arg-type]
+                self.whole(parameter),
+                self.whole(parameter.grad),
+                self.rule.State(**values),
+                parameter,  # type: ignore[arg-type]
             )
             local(parameter).copy_(local(self.laid("weight", weight, parameter)))
             for key in own:
@@ -94,7 +99,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class LocalPiece(Gathering):
+class _LocalPiece(Gathering):
     """A piece taken for the whole: each rank steps its own shard."""
 
     def first(self, weight: Tensor, name: str) -> Any:
@@ -117,7 +122,7 @@ class LocalPiece(Gathering):
         )  # fmt: skip
 
 
-class LastAxisOnly(LocalPiece):
+class _LastAxisOnly(_LocalPiece):
     """The last axis is gathered, the first is not: a `_StridedShard` that `is_shard()` denies, or a forgotten axis."""
 
     def whole(self, tensor: Tensor) -> Tensor:
@@ -132,14 +137,16 @@ class LastAxisOnly(LocalPiece):
             return value.clone()
         index = torch.arange(parameter.numel()).view(parameter.shape)
         everywhere = DTensor.from_local(index, parameter.device_mesh, run_check=False)
-        piece = everywhere.redistribute(placements=[parameter.placements[0], Replicate()]).to_local().flatten()
+        piece = (
+            everywhere.redistribute(placements=[parameter.placements[0], Replicate()]).to_local().flatten()
+        )
         own = everywhere.redistribute(placements=parameter.placements).to_local()
         order = piece.argsort()
         places = order[torch.searchsorted(piece[order], own.flatten())]
         return super().laid(key, value.flatten()[places].view(own.shape), parameter)
 
 
-class DroppedShard(Gathering):
+class _DroppedShard(Gathering):
     """The last rank's rows of the gradient never arrive."""
 
     def compute(self, weight: Tensor, grad: Tensor, state: Any, parameter: DTensor) -> tuple[Tensor, Any]:
@@ -147,7 +154,7 @@ class DroppedShard(Gathering):
         return super().compute(weight, grad, state, parameter)
 
 
-class LeakedPadding(Gathering):
+class _LeakedPadding(Gathering):
     """Shards are padded to one size, and the padding is taken for rows."""
 
     def compute(self, weight: Tensor, grad: Tensor, state: Any, parameter: DTensor) -> tuple[Tensor, Any]:
@@ -162,7 +169,7 @@ class LeakedPadding(Gathering):
         return weight[:rows].contiguous(), replace(state, momentum=state.momentum[:rows].contiguous())
 
 
-class ShardScale(Gathering):
+class _ShardScale(Gathering):
     """The factor on the learning rate by the shard's shape."""
 
     def wrong(self, parameter: DTensor) -> AbstractContextManager[Any]:
@@ -170,7 +177,7 @@ class ShardScale(Gathering):
         return replaced(scale, lambda kind, m, n, storage="out_in": scale(kind, -(-m // parts), n, storage))
 
 
-class LocalSelection(Gathering):
+class _LocalSelection(Gathering):
     """The top slices of each shard in place of those of the matrix."""
 
     def wrong(self, parameter: DTensor) -> AbstractContextManager[Any]:
@@ -185,17 +192,18 @@ class LocalSelection(Gathering):
         return replaced(top, local_top)
 
 
-class CountByShard(Gathering):
+class _CountByShard(Gathering):
     """k rounded up in each shard, then added."""
 
     def wrong(self, parameter: DTensor) -> AbstractContextManager[Any]:
         parts, exact = parameter.device_mesh.size(), update.exact_ceil
         return replaced(
-            exact, lambda share, size, multiple=1: min(size, parts * exact(share, -(-size // parts), multiple))
+            exact,
+            lambda share, size, multiple=1: min(size, parts * exact(share, -(-size // parts), multiple)),
         )
 
 
-class ShardRescale(Gathering):
+class _ShardRescale(Gathering):
     """Norms before and after the rows' normalization by shard."""
 
     def wrong(self, parameter: DTensor) -> AbstractContextManager[Any]:
@@ -209,7 +217,7 @@ class ShardRescale(Gathering):
         return replaced(whole, by_shard)
 
 
-class ShardVariance(Gathering):
+class _ShardVariance(Gathering):
     """A row's variance over the columns of the first shard alone."""
 
     def wrong(self, parameter: DTensor) -> AbstractContextManager[Any]:
@@ -224,7 +232,7 @@ class ShardVariance(Gathering):
         return replaced(whole, of_first)
 
 
-class ZeroTestByShard(Gathering):
+class _ZeroTestByShard(Gathering):
     """A rank whose own rows of the momentum are zero takes the matrix for zero, and keeps its old Q."""
 
     def compute(self, weight: Tensor, grad: Tensor, state: Any, parameter: DTensor) -> tuple[Tensor, Any]:
@@ -236,7 +244,7 @@ class ZeroTestByShard(Gathering):
         return new_weight, new
 
 
-class RandomByRank(Gathering):
+class _RandomByRank(Gathering):
     """Every rank draws Q from a stream of its own."""
 
     def first(self, weight: Tensor, name: str) -> Any:
@@ -247,7 +255,7 @@ class RandomByRank(Gathering):
         return f"{name}:{dist.get_rank()}"
 
 
-class BiasedReplicas(Gathering):
+class _BiasedReplicas(Gathering):
     """Replicas of the gradient are not averaged: each rank of the first axis goes on with its own share."""
 
     def compute(self, weight: Tensor, grad: Tensor, state: Any, parameter: DTensor) -> tuple[Tensor, Any]:
@@ -256,7 +264,7 @@ class BiasedReplicas(Gathering):
         return super().compute(weight, grad * (1 + coordinate[0]), state, parameter)
 
 
-class LostOnLoad(Gathering):
+class _LostOnLoad(Gathering):
     """A key of the state is not restored."""
 
     key = "momentum"
@@ -268,36 +276,37 @@ class LostOnLoad(Gathering):
             local(self.state[parameter][self.key]).copy_(value)
 
 
-class StaleQ(LostOnLoad):
+class _StaleQ(_LostOnLoad):
     """Q starts anew after a resume."""
 
     key = "Q"
 
 
-class LostStep(LostOnLoad):
+class _LostStep(_LostOnLoad):
     """The count of steps starts anew after a resume."""
 
     key = "step"
 
 
-class LostMoment(LostOnLoad):
+class _LostMoment(_LostOnLoad):
     """The second moment starts anew after a resume."""
 
     key = "exp_avg_sq"
 
 
-class LocalCheckpoint(Gathering):
+class _LocalCheckpoint(Gathering):
     """Shards are saved as plain tensors of one name, so one rank's shard stands for all."""
 
     def state_dict(self) -> dict[str, Any]:
         saved = super().state_dict()
         saved["state"] = {
-            index: {key: local(value).clone() for key, value in own.items()} for index, own in saved["state"].items()
+            index: {key: local(value).clone() for key, value in own.items()}
+            for index, own in saved["state"].items()
         }
         return saved
 
 
-class MissingKeys(Gathering):
+class _MissingKeys(Gathering):
     """One rank saves no state for the first parameter, as if it had seen no gradient."""
 
     def state_dict(self) -> dict[str, Any]:
@@ -308,11 +317,11 @@ class MissingKeys(Gathering):
 
 
 KINDS: Mapping[str, type[Gathering]] = {
-    kind.__name__: kind
+    kind.__name__.removeprefix("_"): kind
     for kind in (
-        Gathering, LocalPiece, LastAxisOnly, DroppedShard, LeakedPadding, ShardScale, LocalSelection, CountByShard,
-        ShardRescale, ShardVariance, ZeroTestByShard, RandomByRank, BiasedReplicas, LostOnLoad, StaleQ, LostStep,
-        LostMoment, LocalCheckpoint, MissingKeys,
+        Gathering, _LocalPiece, _LastAxisOnly, _DroppedShard, _LeakedPadding, _ShardScale, _LocalSelection, _CountByShard,
+        _ShardRescale, _ShardVariance, _ZeroTestByShard, _RandomByRank, _BiasedReplicas, _LostOnLoad, _StaleQ, _LostStep,
+        _LostMoment, _LocalCheckpoint, _MissingKeys,
     )
 }  # fmt: skip
 
@@ -334,7 +343,7 @@ class GatheringAdapter:
 
     def capabilities(self) -> Capabilities:
         """All algorithms, in float64, on meshes."""
-        every = {name: ("dion",) for name in ALGORITHMS}
+        every = dict.fromkeys(ALGORITHMS, ("dion",))
         return Capabilities("gathering", every, ("L3", "L4"), ("float64",))
 
     def build(self, params: Named, spec: Spec) -> torch.optim.Optimizer:
@@ -349,4 +358,3 @@ class GatheringAdapter:
 
 
 adapter = GatheringAdapter()
-

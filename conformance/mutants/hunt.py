@@ -14,8 +14,8 @@ from typing import Any
 import torch.distributed as dist
 
 from conformance import launch
-from conformance.adapters import ours
 from conformance.adapters import oracle as oracle_adapter
+from conformance.adapters import ours
 from conformance.launch import Rank, one_line
 from conformance.mutants.catalogue import mutants
 from conformance.mutants.gathering import GatheringAdapter
@@ -58,7 +58,9 @@ class Catch:
 
 
 def hunt(
-    vectors: VectorSet, chosen: Sequence[Mutant] | None = None, on_catch: Callable[[Catch], None] = lambda _: None
+    vectors: VectorSet,
+    chosen: Sequence[Mutant] | None = None,
+    on_catch: Callable[[Catch], None] = lambda _: None,
 ) -> list[Catch]:
     """Every mutant through the levels.
 
@@ -209,9 +211,12 @@ def _judge(mutant: Mutant, case: MeshCase, rank: Rank, folder: str) -> tuple[str
     if rank.index == 0:
         assert values is not None
         errors = grade_values(case, DTYPE, values)
-        wrong = {name: pair for name, pair in errors.items() if pair[1] is not None and not pair[0] <= pair[1]}
+        wrong = {
+            name: pair for name, pair in errors.items() if pair[1] is not None and not pair[0] <= pair[1]
+        }
         name, (error, allowed) = next(iter(wrong.items()), ("", (0.0, None)))
-        verdict[0] = f"{name.removeprefix('state/')} is off by {error:.2g}, allowed {allowed:.2g}" if wrong else None
+        verdict[0] = (
+            f"{name.removeprefix('state/')} is off by {error:.2g}, allowed {allowed:.2g}" if wrong else None
+        )
     dist.broadcast_object_list(verdict, src=0)
     return None if verdict[0] is None else (case.id, verdict[0])
-

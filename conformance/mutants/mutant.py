@@ -46,7 +46,11 @@ def attribute(owner: Any, name: str, wrong: Callable[[Any], Any]) -> Iterator[No
     if name not in vars(owner):
         raise LookupError(f"{owner!r} has no {name!r}: this mutant no longer fits the code")
     original = vars(owner)[name]
-    set_ = setattr if isinstance(owner, type) or hasattr(owner, "__path__") or _is_module(owner) else object.__setattr__
+    set_ = (
+        setattr
+        if isinstance(owner, type) or hasattr(owner, "__path__") or _is_module(owner)
+        else object.__setattr__
+    )
     set_(owner, name, wrong(original))
     try:
         yield

@@ -173,7 +173,9 @@ def _coupled(*algorithms: str) -> Applied:
         for name in algorithms:
 
             def step(W: Tensor, G: Tensor, s: Any, h: Any, *, _of: Any = known[name]) -> tuple[Tensor, Any]:
-                result: tuple[Tensor, Any] = _of.step(W, G + h.weight_decay * W, s, replace(h, weight_decay=0.0))
+                result: tuple[Tensor, Any] = _of.step(
+                    W, G + h.weight_decay * W, s, replace(h, weight_decay=0.0)
+                )
                 return result
 
             changed[name] = replace(known[name], step=step)

@@ -77,7 +77,12 @@ def _unreduced(tensor: Tensor) -> Tensor:
         return tensor
     placed = placements.of_reduced(tensor.placements)
     return DTensor.from_local(
-        tensor.to_local(), tensor.device_mesh, placed, run_check=False, shape=tensor.shape, stride=tensor.stride()
+        tensor.to_local(),
+        tensor.device_mesh,
+        placed,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
     )
 
 
@@ -95,4 +100,6 @@ def _local_norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:
 def _like(stack: DTensor, local: Tensor) -> DTensor:
     stride = torch.empty(stack.shape, device="meta").stride()
     placed = placements.of_reduced(stack.placements)
-    return DTensor.from_local(local, stack.device_mesh, placed, run_check=False, shape=stack.shape, stride=stride)
+    return DTensor.from_local(
+        local, stack.device_mesh, placed, run_check=False, shape=stack.shape, stride=stride
+    )

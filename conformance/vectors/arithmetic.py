@@ -17,13 +17,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 aten = torch.ops.aten
 
 EXACT = frozenset(
-    "abs add alias all amax any arange as_strided bitwise_and bitwise_not bitwise_or bitwise_xor cat clamp clone copy_ "
-    "detach diagonal div empty empty_like empty_strided eq expand eye fill_ frexp ge gt index index_copy index_put_ "
-    "index_select is_nonzero isfinite le lift_fresh _local_scalar_dense logical_and logical_not lt mul ne neg new_zeros "
-    "nonzero ones_like reciprocal rsub select sign slice sort split split_with_sizes sqrt squeeze stack sub t _to_copy "
-    "transpose unbind unsqueeze view _unsafe_view where zero_ zeros zeros_like permute full_like scalar_tensor "
-    "__and__ __or__ __lshift__ __rshift__ bitwise_left_shift bitwise_right_shift maximum minimum zeros_like "
-    "full flip flatten".split()
+    """
+    __and__ __lshift__ __or__ __rshift__ _local_scalar_dense _to_copy _unsafe_view abs add alias all amax
+    any arange as_strided bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift
+    bitwise_xor cat clamp clone copy_ detach diagonal div empty empty_like empty_strided eq expand eye fill_
+    flatten flip frexp full full_like ge gt index index_copy index_put_ index_select is_nonzero isfinite le
+    lift_fresh logical_and logical_not lt maximum minimum mul ne neg new_zeros nonzero ones_like permute
+    reciprocal rsub scalar_tensor select sign slice sort split split_with_sizes sqrt squeeze stack sub t
+    transpose unbind unsqueeze view where zero_ zeros zeros_like
+    """.split()
 )
 """Operations without rounding, or with one correctly rounded operation an element."""
 

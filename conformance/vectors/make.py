@@ -20,10 +20,13 @@ from conformance.vectors.arithmetic import FixedOrder
 from conformance.vectors.loader import SCHEMA
 from conformance.vectors.plans import DIALECTS, FLAGS, VERSION, Plan, plans
 from conformance.vectors.tensors import VectorError, to_bytes
-from conformance.vectors.tolerance import DERIVATION, error, tolerances
+from conformance.vectors.tolerance import DERIVATION, tolerances
 
 SUITE_LIMIT = 1e-2
 """A case whose float32 tolerance is larger is no good test: making it fails."""
+GAP = 2.0**-7
+"""Norms of a selection are further apart than this: a port may rank them in bfloat16."""
+ATTEMPTS = 200
 NAN_NOTE = "The NaN stays visible in the weight: nothing was hidden, though nothing was said."
 TIES_NOTE = "Another of the equal slices was chosen; without a rule for ties the choice depends on the sort."
 
@@ -51,7 +54,7 @@ def make_case(plan: Plan, arrays: Arrays) -> dict[str, Any]:
     Raises:
         ValueError: the case would not separate right from wrong (its inputs lie at a decision's edge).
     """
-    drawn = oracle.draw(plan)
+    drawn = _clear_inputs(plan)
     valid = plan.gradient != "nan"
     acceptable: list[tuple[str, Tensor]] = []
     expected: dict[str, Tensor] = {}
@@ -59,7 +62,6 @@ def make_case(plan: Plan, arrays: Arrays) -> dict[str, Any]:
     with FixedOrder():  # type: ignore[no-untyped-call]
         if valid:
             expected = oracle.run(plan, drawn)
-            _check_margins(plan, drawn)
             tolerance = tolerances(plan, drawn, expected)
             if plan.gradient == "tied":
                 acceptable.append((TIES_NOTE, _reversed_ties(plan, drawn)))
@@ -109,8 +111,23 @@ def _requires(plan: Plan, drawn: Mapping[str, Tensor]) -> list[str]:
     return found
 
 
-def _check_margins(plan: Plan, drawn: Mapping[str, Tensor]) -> None:
-    """Refuses inputs on which rounding decides: near ties of a selection, signs of nearly nothing."""
+def _clear_inputs(plan: Plan) -> dict[str, Tensor]:
+    """The first inputs on which no decision hangs on rounding: no near ties of a selection, no signs of nearly nothing.
+
+    Raises:
+        ValueError: none was found.
+    """
+    for attempt in range(ATTEMPTS):
+        drawn = oracle.draw(plan, attempt)
+        with FixedOrder():  # type: ignore[no-untyped-call]
+            if _is_clear(plan, drawn):
+                return drawn
+    raise ValueError(f"{plan.id}: a decision hangs on rounding in {ATTEMPTS} draws; choose other shapes")
+
+
+def _is_clear(plan: Plan, drawn: Mapping[str, Tensor]) -> bool:
+    if plan.gradient in ("tied", "nan"):
+        return True
     if plan.algorithm == "lion":
         b1, b2 = plan.hyper.betas
         average = drawn["state/exp_avg"]
@@ -118,13 +135,9 @@ def _check_margins(plan: Plan, drawn: Mapping[str, Tensor]) -> None:
             mixed = (b1 * average + (1 - b1) * grad).abs()
             size = (b1 * average).abs() + (1 - b1) * grad.abs()
             if bool(((mixed < 1e-5 * size) & (size > 0)).any()):
-                raise ValueError(f"{plan.id}: a sign hangs on rounding; choose other inputs")
+                return False
             average = b2 * average + (1 - b2) * grad
-    if plan.algorithm in ("dion2", "dion3") and plan.gradient not in ("tied", "zero") and plan.split is None:
-        moved = oracle.run(plan, {**drawn, "grads": drawn["grads"] * (1 + 1e-6)})
-        same = oracle.run(plan, drawn)
-        if error("update", moved["update"], same["update"]) > 1e-2:
-            raise ValueError(f"{plan.id}: the selection hangs on rounding; choose other inputs")
+    return plan.algorithm not in ("dion2", "dion3") or oracle.least_gap(plan, drawn) > GAP
 
 
 def _reversed_ties(plan: Plan, drawn: Mapping[str, Tensor]) -> Tensor:

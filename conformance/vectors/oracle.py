@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -25,9 +26,9 @@ class Result:
     tensors: Tensors
 
 
-def draw(plan: Plan) -> Tensors:
-    """The inputs of a plan; they depend on shape and kind only, so dialects share them."""
-    shape, name = plan.shape, "x".join(map(str, plan.shape))
+def draw(plan: Plan, attempt: int = 0) -> Tensors:
+    """The inputs of a plan; they depend on shape, kind and attempt only, so dialects share them."""
+    shape, name = plan.shape, "x".join(map(str, plan.shape)) + (f":{attempt}" if attempt else "")
     grads = torch.stack([_gradient(plan, f"{name}:gradient:{step}") for step in range(plan.steps)])
     if plan.level == "L0":
         return {"matrix": grads[0]}
@@ -136,6 +137,29 @@ def run(plan: Plan, drawn: Mapping[str, Tensor], precision: Precision = FLOAT64)
         if key != "step":
             found[f"state/{key}"] = value.double()
     return found
+
+
+def least_gap(plan: Plan, drawn: Mapping[str, Tensor]) -> float:
+    """How clear the choices of Dion2 and Dion3 are: over all steps and pieces, the least gap between the L1 norms of the
+    last slice that is selected and the first that is not, over the former; inf where all or none could be chosen.
+    """
+    start = {key.removeprefix("state/"): value for key, value in drawn.items() if key.startswith("state/")}
+    state, weight, least = _state_of(start, plan), drawn["weight"], math.inf
+    for step in range(plan.steps):
+        grad = drawn["grads"][step].contiguous()
+        states = state if isinstance(state, tuple) else (state,)
+        grads = (grad,) if plan.split is None else plan.split.split(grad)
+        for own, piece in zip(states, grads, strict=True):
+            moved = own.momentum + piece
+            for M in moved if moved.ndim == 3 else (moved,):
+                dim = 0 if plan.algorithm == "dion3" or M.shape[0] <= M.shape[1] else 1
+                norms = torch.sort(M.abs().sum(1 - dim), descending=True).values.tolist()
+                count = plan.hyper.count(len(norms))
+                if count < len(norms) and norms[count - 1] > 0:
+                    least = min(least, (norms[count - 1] - norms[count]) / norms[count - 1])
+        hyper = replace(plan.hyper, **{name: values[step] for name, values in plan.schedule.items()})
+        weight, state = ALGORITHMS[plan.algorithm].step(weight, grad, state, hyper, split=plan.split)
+    return least
 
 
 def hyper_as_data(plan: Plan) -> dict[str, Any]:

@@ -86,7 +86,10 @@ DIALECTS: Mapping[str, Convention] = {
     "torch-match-rms": replace(
         _torch, scale="moonlight", source='torch.optim.Muon, adjust_lr_fn="match_rms_adamw"'
     ),
-    "dion-keller": Convention(polynomial="keller", source="microsoft/dion with its Newton-Schulz"),
+    "dion-keller": Convention(
+        polynomial="keller", source="microsoft/dion's convention with Keller Jordan's table"
+    ),
+    "dion-you": Convention(polynomial="you", source="microsoft/dion, use_polar_express=False"),
     "dion-exact": Convention(polynomial="exact", source="the polar factor itself"),
     "dion-gns": Convention(polynomial="polar_express_gns", source="Dao-AILab/gram-newton-schulz"),
     "dion-cans": Convention(polynomial="cans", source="arXiv 2506.10935"),
@@ -97,7 +100,7 @@ DIALECTS: Mapping[str, Convention] = {
 EXPRESSIBLE: Mapping[str, tuple[str, ...]] = {
     "muon": tuple(DIALECTS),
     "normuon": tuple(PRESETS),
-    **{name: ("dion",) for name in ("dion", "orth_dion", "dion2", "dion3", "adamw", "lion")},
+    **dict.fromkeys(("dion", "orth_dion", "dion2", "dion3", "adamw", "lion"), ("dion",)),
 }
 """By algorithm, the dialects that it can express: `Convention.hyper` refuses all others."""
 

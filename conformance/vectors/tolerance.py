@@ -23,16 +23,18 @@ COMPUTE_UNITS = 4.0
 USELESS = 0.5
 
 DERIVATION = (
-    "Errors are relative in the Frobenius norm, the largest over the steps; columns of Q are compared up to sign. "
-    "float32 and bfloat16: the oracle is rerun with weights, gradients and states in float32 and the products of its "
-    "specification's section 1.2 in the compute dtype: once as it is, and three times (fifteen for at most 16 elements) "
-    "with every element of the inputs changed by one unit of float32 rounding, and every coefficient of the polynomial "
-    "by half a unit, up or down, as other orders of operation would. In bfloat16, where there is a polynomial, as often "
-    "again with gradient, momentum and coefficients changed by half a unit of bfloat16 rounding, for what lies behind "
-    "the polynomial: a port may round its input first, or its terms later. The tolerance is 4 times the largest error in "
-    "float32 and twice in bfloat16. float64: the tolerance of float32, in units of machine epsilon. Never less than 16 "
-    "machine epsilons of the storage dtype, nor, where the rerun shows that the compute dtype reaches a quantity, than 4 "
-    "of the compute dtype. Where float32 decides nothing by design, float64 is rerun likewise. A tolerance above 0.5 decides nothing and is null. Rounded up to two digits."
+    "Errors are relative in the Frobenius norm, the largest over the steps; columns of Q are compared up to sign."
+    " float32 and bfloat16: the oracle is rerun with weights, gradients and states in float32 and the products of"
+    " its specification's section 1.2 in the compute dtype: once as it is, and three times (fifteen for at most "
+    "16 elements) with every element of the inputs changed by one unit of float32 rounding, and every coefficient"
+    " of the polynomial by half a unit, up or down, as other orders of operation would. In bfloat16, where there "
+    "is a polynomial, as often again with gradient, momentum and coefficients changed by half a unit of bfloat16 "
+    "rounding, for what lies behind the polynomial: a port may round its input first, or its terms later. The "
+    "tolerance is 4 times the largest error in float32 and twice in bfloat16. float64: the tolerance of float32, "
+    "in units of machine epsilon. Never less than 16 machine epsilons of the storage dtype, nor, where the rerun "
+    "shows that the compute dtype reaches a quantity, than 4 of the compute dtype. Where float32 decides nothing "
+    "by design, float64 is rerun likewise. A tolerance above 0.5 decides nothing and is null. Rounded up to two "
+    "digits."
 )
 
 
