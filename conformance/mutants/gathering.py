@@ -316,14 +316,16 @@ class _MissingKeys(Gathering):
         return saved
 
 
+_WRONG = (
+    (_LocalPiece, _LastAxisOnly, _DroppedShard, _LeakedPadding, _ShardScale, _LocalSelection, _CountByShard)
+    + (_ShardRescale, _ShardVariance, _ZeroTestByShard, _RandomByRank, _BiasedReplicas)
+    + (_LostOnLoad, _StaleQ, _LostStep, _LostMoment, _LocalCheckpoint, _MissingKeys)
+)
 KINDS: Mapping[str, type[Gathering]] = {
-    kind.__name__.removeprefix("_"): kind
-    for kind in (
-        Gathering, _LocalPiece, _LastAxisOnly, _DroppedShard, _LeakedPadding, _ShardScale, _LocalSelection, _CountByShard,
-        _ShardRescale, _ShardVariance, _ZeroTestByShard, _RandomByRank, _BiasedReplicas, _LostOnLoad, _StaleQ, _LostStep,
-        _LostMoment, _LocalCheckpoint, _MissingKeys,
-    )
-}  # fmt: skip
+    "Gathering": Gathering,
+    **{kind.__name__.removeprefix("_"): kind for kind in _WRONG},
+}
+"""The right one and the wrong ones by name."""
 
 
 @dataclass(frozen=True)

@@ -129,12 +129,13 @@ def _on_ranks(todo: Mapping[int, Mutant], vectors: VectorSet) -> Iterator[tuple[
     try:
         while left:
             events: list[Any] = []
+            keep = events.append
             broken = None
             try:
                 launch.run(
                     _program,
                     (tuple((index, one.name, one.subject, cases) for index, (one, cases) in left.items()), folder),
-                    ranks=RANKS, timeout=SECONDS + 20, on_event=lambda _, event: events.append(event),
+                    ranks=RANKS, timeout=SECONDS + 20, on_event=lambda _, event, keep=keep: keep(event),
                     preload=["conformance.mutants.hunt"],
                 )  # fmt: skip
             except launch.RankFailedError as failure:

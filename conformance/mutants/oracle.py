@@ -98,7 +98,7 @@ def _further() -> list[Mutant]:
         made("steps are not counted (bias correction)", "L2", ("muon",),
              accumulate(lambda f, M, G, h, t: f(M, G, h, 1))),
         made("momentum kept in bfloat16", "L1", ("muon", "normuon"),
-             accumulate(lambda f, M, G, h, t: tuple(x.bfloat16().double() for x in f(M, G, h, t)))),  # type: ignore[arg-type,return-value]
+             accumulate(lambda f, M, G, h, t: tuple(x.bfloat16().double() for x in f(M, G, h, t)))),
         made("momentum of the last step lost", "L1", ("muon",), accumulate(lambda f, M, G, h, t: f(0 * M, G, h, t))),
         made("decay by the scaled learning rate", "L1", every, _replaced(update.apply_update, _scaled_decay)),
         made("decay is added to the gradient", "L1", ("muon", "dion"), _coupled("muon", "dion")),
@@ -111,7 +111,7 @@ def _further() -> list[Mutant]:
         made("weights stored in-out read as out-in (optax)", "L1", ("muon",),
              _replaced(update.scale_factor, lambda f: lambda kind, m, n, storage="out_in": f(kind, m, n))),
         made("k rounded down", "L1", ("dion2", "dion3"),
-             _replaced(update.exact_ceil, lambda _: lambda s, size, multiple=1: max(1, multiple * int(s * size / multiple)))),
+             _replaced(update.exact_ceil, lambda _: lambda s, size, multiple=1: max(1, int(s * size)))),
         made("error feedback dropped", "L1", ("dion", "orth_dion"), _without_feedback),
         made("Dion: P on the shorter side", "L1", ("dion",), _step("dion", _other_side)),
         made("Q of the last step kept", "L1", ("dion",),
@@ -125,7 +125,8 @@ def _further() -> list[Mutant]:
         made("momentum of selected slices cleared", "L1", ("dion2",),
              _step("dion2", lambda f, W, G, s, h: f(W, G, s, replace(h, mu=0.0)))),
         made("wrong head boundary", "L1", ("muon",), lambda: _Methods(
-            matrices.Heads, lambda f, own, x: f(own, x.roll(1, 0)), lambda f, own, p, shape: f(own, p, shape).roll(-1, 0))),
+            matrices.Heads, lambda f, own, x: f(own, x.roll(1, 0)),
+            lambda f, own, p, shape: f(own, p, shape).roll(-1, 0))),
         made("fused QKV as one matrix", "L1", ("muon",), lambda: _Methods(
             matrices.Rows, lambda f, own, x: (x,), lambda f, own, p, shape: p[0].clone())),
         made("experts as one matrix", "L1", ("muon",),
@@ -137,7 +138,8 @@ def _further() -> list[Mutant]:
         made("AdamW: steps are not counted", "L2", ("adamw",),
              _step("adamw", lambda f, W, G, s, h: f(W, G, replace(s, step=0), h))),
         made("Lion: momentum in place of the sign", "L1", ("lion",),
-             _step("lion", lambda f, W, G, s, h: (W * (1 - h.lr * h.weight_decay) - h.lr * s.exp_avg, f(W, G, s, h)[1]))),
+             _step("lion", lambda f, W, G, s, h: (
+                 W * (1 - h.lr * h.weight_decay) - h.lr * s.exp_avg, f(W, G, s, h)[1]))),
     ]  # fmt: skip
 
 
@@ -160,7 +162,8 @@ def _scaled_decay(_: Any) -> Any:
     def apply_update(W: Tensor, U: Tensor, hyper: Any) -> Tensor:
         factor = update.scale_factor(hyper.scale, W.shape[0], W.shape[1], hyper.weight_storage)
         scaled = replace(hyper, lr=hyper.lr * factor)
-        return update.decay(W, U, scaled) - scaled.lr * U
+        result: Tensor = update.decay(W, U, scaled) - scaled.lr * U
+        return result
 
     return apply_update
 

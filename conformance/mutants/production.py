@@ -88,7 +88,8 @@ def _unreduced(tensor: Tensor) -> Tensor:
 
 def _local_norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:
     if not isinstance(stack, DTensor):
-        return torch.linalg.vector_norm(stack, dim=dims, keepdim=True)
+        whole: Tensor = torch.linalg.vector_norm(stack, dim=dims, keepdim=True)
+        return whole
     summed = tuple(dim % stack.ndim for dim in dims)
     squares = torch.linalg.vector_norm(stack.to_local(), dim=dims, keepdim=True)
     placed = placements.of_reduced(placements.of_norm(stack.placements, summed))

@@ -33,7 +33,9 @@ def port(
         list[str] | None, typer.Option(help=f"Only this one (repeatable): {', '.join(DTYPES)}.")
     ] = None,
     device: Annotated[str, typer.Option(help="Of the meshes: cpu or cuda.")] = "cpu",
-    backend: Annotated[str | None, typer.Option(help="gloo or nccl.  [default: by device]")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="gloo (cpu) or nccl (cuda).  [default: by device]")
+    ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Local ranks for L3 and L4.")] = 4,
     skip: Annotated[
         Path | None, typer.Option(help="File of cases not to run: `pattern  # reason` a line.")
@@ -56,13 +58,12 @@ def port(
     try:
         check_targets([path for path in (json_file, junit, html) if path is not None])
         selection = selection_of(level, dtype, case, skip, xfail)
+        check_backend(device, backend)
         found = load(vectors) if vectors else load()
         claims = claims_of(adapter, timeout)
         ids = [one.id for one in found] + mesh_ids(claims, found)
         check_known((*selection.skip, *selection.xfail), ids)
-        run = run_port(
-            adapter, claims, found, selection, console, timeout, nproc=nproc, device=device, backend=backend
-        )
+        run = run_port(adapter, claims, found, selection, console, timeout, nproc=nproc, device=device)
     except (AdapterError, SelectionError, VectorError, OSError) as error:
         Console(stderr=True).print(
             f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
@@ -116,6 +117,21 @@ def selection_of(
     )
 
 
+def check_backend(device: str, backend: str | None) -> None:
+    """Refuses a backend that the device's ranks would not use.
+
+    Raises:
+        SelectionError: another device or backend.
+    """
+    known = {"cpu": "gloo", "cuda": "nccl"}
+    if device not in known:
+        raise SelectionError(f"{device!r} is no device; choose from {', '.join(known)}")
+    if backend not in (None, known[device]):
+        raise SelectionError(
+            f"on {device} the backend is {known[device]}, not {backend!r}; give --device as well"
+        )
+
+
 def mesh_ids(claims: Capabilities, vectors: VectorSet) -> list[str]:
     """Ids of L3 and L4, for the files of known failures."""
     from conformance.port.mesh_cases import claimed_hypers, mesh_cases
@@ -133,7 +149,6 @@ def run_port(
     *,
     nproc: int,
     device: str,
-    backend: str | None,
 ) -> Run:
     """All selected levels, with a bar on a terminal."""
     total = sum(known is None for _, _, known in jobs(claims, vectors, selection))
@@ -147,14 +162,13 @@ def run_port(
                 progress.advance(task)
 
         run = run_vectors(adapter, claims, vectors, selection, timeout=timeout, on_verdict=following)
-        if {"L3", "L4"} & set(selection.levels):
-            if {"L3", "L4"} & set(claims.levels):
-                from conformance.port.meshes import run_meshes
+        if {"L3", "L4"} & set(selection.levels) & set(claims.levels):
+            from conformance.port.meshes import run_meshes
 
-                run.verdicts += run_meshes(
-                    adapter, claims, vectors, selection,
-                    ranks=nproc, device=device, timeout=timeout, on_verdict=following,
-                )  # fmt: skip
+            run.verdicts += run_meshes(
+                adapter, claims, vectors, selection,
+                ranks=nproc, device=device, timeout=timeout, on_verdict=following,
+            )  # fmt: skip
     return run
 
 

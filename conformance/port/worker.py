@@ -53,9 +53,8 @@ class Worker:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         environment.setdefault("OMP_NUM_THREADS", "1")
         command = [sys.executable, "-c", code, str(theirs.fileno()), self.adapter]
-        self._process = subprocess.Popen(
-            command, pass_fds=[theirs.fileno()], env=environment, stdout=sys.stderr.fileno() if _real(sys.stderr) else None
-        )  # fmt: skip
+        printed = sys.stderr.fileno() if _real(sys.stderr) else None  # what the adapter prints is no result
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdout=printed)
         theirs.close()
         self._channel = Connection(ours.detach())
         try:

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
 
-EXACT = frozenset(
+EXACT = frozenset(  # a word an operation
     """
     __and__ __lshift__ __or__ __rshift__ _local_scalar_dense _to_copy _unsafe_view abs add alias all amax
     any arange as_strided bitwise_and bitwise_left_shift bitwise_not bitwise_or bitwise_right_shift
@@ -25,7 +25,7 @@ EXACT = frozenset(
     lift_fresh logical_and logical_not lt maximum minimum mul ne neg new_zeros nonzero ones_like permute
     reciprocal rsub scalar_tensor select sign slice sort split split_with_sizes sqrt squeeze stack sub t
     transpose unbind unsqueeze view where zero_ zeros zeros_like
-    """.split()
+    """.split()  # noqa: SIM905
 )
 """Operations without rounding, or with one correctly rounded operation an element."""
 

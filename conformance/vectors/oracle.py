@@ -140,8 +140,11 @@ def run(plan: Plan, drawn: Mapping[str, Tensor], precision: Precision = FLOAT64)
 
 
 def least_gap(plan: Plan, drawn: Mapping[str, Tensor]) -> float:
-    """How clear the choices of Dion2 and Dion3 are: over all steps and pieces, the least gap between the L1 norms of the
-    last slice that is selected and the first that is not, over the former; inf where all or none could be chosen.
+    """How clear the choices of Dion2 and Dion3 are, over all steps and pieces.
+
+    Returns:
+        The least gap between the L1 norms of the last slice selected and of the first that is not, over the former; inf
+        where there is nothing to choose.
     """
     start = {key.removeprefix("state/"): value for key, value in drawn.items() if key.startswith("state/")}
     state, weight, least = _state_of(start, plan), drawn["weight"], math.inf
