@@ -30,6 +30,10 @@ def transformation(hyper: Mapping[str, Any]) -> Any:
     )
 
 
+def _is_own(node: Any) -> bool:
+    return isinstance(node, optax.contrib.MuonState)
+
+
 class OptaxAdapter:
     """optax's functions behind the protocol."""
 
@@ -50,12 +54,11 @@ class OptaxAdapter:
         momentum, count = jnp.asarray(spec.state["momentum"]), jnp.asarray(int(spec.state["step"]), jnp.int32)
 
         def filled(node: Any) -> Any:
-            if isinstance(node, optax.contrib.MuonState):
+            if _is_own(node):
                 return node._replace(mu=jax.tree.map(lambda _: momentum, node.mu), count=count)
             return node
 
-        is_own = lambda node: isinstance(node, optax.contrib.MuonState)  # noqa: E731
-        return jax.tree.map(filled, state, is_leaf=is_own)
+        return jax.tree.map(filled, state, is_leaf=_is_own)
 
     def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
         """One update and its application."""
@@ -66,8 +69,7 @@ class OptaxAdapter:
 
     def canonical_state(self, state: Any) -> Mapping[str, NDArray[Any]]:
         """The momentum."""
-        is_own = lambda node: isinstance(node, optax.contrib.MuonState)  # noqa: E731
-        own = next(node for node in jax.tree.leaves(state, is_leaf=is_own) if is_own(node))
+        own = next(node for node in jax.tree.leaves(state, is_leaf=_is_own) if _is_own(node))
         return {"momentum": np.asarray(jax.tree.leaves(own.mu)[0])}
 
 

@@ -317,9 +317,9 @@ class _MissingKeys(Gathering):
 
 
 _WRONG = (
-    (_LocalPiece, _LastAxisOnly, _DroppedShard, _LeakedPadding, _ShardScale, _LocalSelection, _CountByShard)
-    + (_ShardRescale, _ShardVariance, _ZeroTestByShard, _RandomByRank, _BiasedReplicas)
-    + (_LostOnLoad, _StaleQ, _LostStep, _LostMoment, _LocalCheckpoint, _MissingKeys)
+    *(_LocalPiece, _LastAxisOnly, _DroppedShard, _LeakedPadding, _ShardScale, _LocalSelection, _CountByShard),
+    *(_ShardRescale, _ShardVariance, _ZeroTestByShard, _RandomByRank, _BiasedReplicas),
+    *(_LostOnLoad, _StaleQ, _LostStep, _LostMoment, _LocalCheckpoint, _MissingKeys),
 )
 KINDS: Mapping[str, type[Gathering]] = {
     "Gathering": Gathering,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
 import time
@@ -129,13 +130,12 @@ def _on_ranks(todo: Mapping[int, Mutant], vectors: VectorSet) -> Iterator[tuple[
     try:
         while left:
             events: list[Any] = []
-            keep = events.append
             broken = None
             try:
                 launch.run(
                     _program,
                     (tuple((index, one.name, one.subject, cases) for index, (one, cases) in left.items()), folder),
-                    ranks=RANKS, timeout=SECONDS + 20, on_event=lambda _, event, keep=keep: keep(event),
+                    ranks=RANKS, timeout=SECONDS + 20, on_event=functools.partial(_keep, events),
                     preload=["conformance.mutants.hunt"],
                 )  # fmt: skip
             except launch.RankFailedError as failure:
@@ -155,6 +155,10 @@ def _on_ranks(todo: Mapping[int, Mutant], vectors: VectorSet) -> Iterator[tuple[
                 yield index, Catch(one, {one.level: (cases[0].id, broken)})
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _keep(events: list[Any], rank: int, event: object) -> None:
+    events.append(event)
 
 
 def _cases(mutant: Mutant, vectors: VectorSet) -> list[MeshCase]:
@@ -215,9 +219,9 @@ def _judge(mutant: Mutant, case: MeshCase, rank: Rank, folder: str) -> tuple[str
         wrong = {
             name: pair for name, pair in errors.items() if pair[1] is not None and not pair[0] <= pair[1]
         }
-        name, (error, allowed) = next(iter(wrong.items()), ("", (0.0, None)))
+        name, (off, allowed) = next(iter(wrong.items()), ("", (0.0, None)))
         verdict[0] = (
-            f"{name.removeprefix('state/')} is off by {error:.2g}, allowed {allowed:.2g}" if wrong else None
+            f"{name.removeprefix('state/')} is off by {off:.2g}, allowed {allowed:.2g}" if wrong else None
         )
     dist.broadcast_object_list(verdict, src=0)
     return None if verdict[0] is None else (case.id, verdict[0])
