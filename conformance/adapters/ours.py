@@ -61,6 +61,8 @@ def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
     else:
         known = _arguments(name)
         options |= {key: value for key, value in hyper.items() if key in known}
+        if "polynomial" in known and "norm_factor" not in known:
+            options["polynomial"] = hyper["polynomial_name"]
         if spec.algorithm == "orth_dion":
             options["right_factor"] = "orthonormalize"
     for key in ("lr", "weight_decay", "cautious"):

@@ -91,12 +91,14 @@ def program(rank: Rank, work: Work) -> None:
     """Runs the cases in order; emits Started, and Finished on rank 0. What an adapter raises ends the rank."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)  # DTensor tells how a redistribution could be faster
+    shared = [work.folder]  # joined ranks have made one each
+    dist.broadcast_object_list(shared, src=0)
     adapter = find(work.adapter) if isinstance(work.adapter, str) else work.adapter
     for index, (case, dtype) in enumerate(work.cases):
         rank.emit(Started(index))
         began = time.perf_counter()
         with watched(work.timeout, rank.index, lambda line: rank.emit(Hung(line))):
-            values = run_case(adapter, case, dtype, rank, work.folder)
+            values = run_case(adapter, case, dtype, rank, shared[0])
             digests: list[Any] = [None] * rank.count
             dist.all_gather_object(digests, None if values is None else _digest(values))
         if rank.index == 0:

@@ -101,8 +101,10 @@ def run_meshes(
                 verdicts.append(verdict)
                 on_verdict(verdict)
                 done.add(blamed)
-                if launch.joined():  # the other ranks are gone, and only their launcher can start them again
-                    break
+            # Without a failure all is done, though joined ranks but the first hear nothing of it. After one, the other
+            # joined ranks are gone, and only their launcher can start them again.
+            if failure is None or launch.joined():
+                break
             todo = [job for index, job in enumerate(todo) if index not in done]
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -131,6 +133,8 @@ def _start(
         )
     except launch.RankFailedError as failure:
         return failure
+    except (RuntimeError, OSError) as error:  # torch's network errors are RuntimeErrors
+        raise OSError(f"the ranks cannot be started: {launch.one_line(error, 300)}") from error
     return None
 
 

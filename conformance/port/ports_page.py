@@ -1,4 +1,4 @@
-"""`python -m conformance.port.ports_page docs/ports.md FILE...`: puts the verdicts of JSON files into the page's table."""
+"""`python -m conformance.port.ports_page docs/ports.md FILE...`: puts verdicts from JSON files into the page."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -70,9 +71,13 @@ def test_a_plain_muon_with_a_wrong_scale_fails_and_is_told_why(tmp_path: Path) -
 
 def test_every_option_on_the_page_exists() -> None:
     helps = subprocess.run(
-        [sys.executable, "-m", "conformance.cli", "port", "--help"], capture_output=True, text=True, cwd=ROOT, timeout=60,
-        env={**__import__("os").environ, "COLUMNS": "200"},
-    ).stdout  # fmt: skip
+        [sys.executable, "-m", "conformance.cli", "port", "--help"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=100,
+        env={**os.environ, "COLUMNS": "200"},
+    ).stdout
     plugin = (ROOT / "conformance" / "plugin.py").read_text()
     for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) - {"--pyargs", "--port"}:
         assert option in (plugin if option.startswith("--port-") else helps), option

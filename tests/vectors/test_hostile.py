@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -68,7 +69,7 @@ def test_damaged_files(name: str, tmp_path: Path) -> None:
         (b"\xff" * 16, "header should have"),
         ((2).to_bytes(8, "little") + b"{]", "no safetensors file"),
         ((2).to_bytes(8, "little") + b"[]", "no safetensors file"),
-        (to_bytes({"x": __import__("numpy").zeros(4)})[:-8], "x lies beyond its end"),
+        (to_bytes({"x": np.zeros(4)})[:-8], "x lies beyond its end"),
     ],
 )
 def test_bytes_that_are_no_safetensors(content: bytes, message: str) -> None:
