@@ -40,6 +40,8 @@ def tied_rows(shape: tuple[int, ...], name: str) -> Tensor:
     for index in range(0, values.shape[0] - 1, 2):
         values[index + 1] = -values[index]
         values[index + 1, 0] = values[index, 0]
+    if values.shape[0] % 2:
+        values[-1] /= 16  # the odd one out comes last
     return values.movedim(0, short).contiguous()
 
 

@@ -126,8 +126,10 @@ def _clear_inputs(plan: Plan) -> dict[str, Tensor]:
 
 
 def _is_clear(plan: Plan, drawn: Mapping[str, Tensor]) -> bool:
-    if plan.gradient in ("tied", "nan"):
+    if plan.gradient == "nan":
         return True
+    if plan.gradient == "tied":
+        return oracle.least_gap(plan, drawn) == 0
     if plan.algorithm == "lion":
         b1, b2 = plan.hyper.betas
         average = drawn["state/exp_avg"]
