@@ -1,4 +1,4 @@
-"""The command line: `conformance run` and `conformance certify`."""
+"""The command line: `conformance run`, `certify`, `port`, `meshes`, `mutants` and `vectors`."""
 
 from __future__ import annotations
 
@@ -6,6 +6,10 @@ import typer
 
 from conformance.certify.command import certify
 from conformance.job.command import run
+from conformance.mutants.command import mutants
+from conformance.port.command import port
+from conformance.port.meshes_command import meshes
+from conformance.vectors.command import app as vectors
 
 app = typer.Typer(
     help="Holds orthonormal optimizers to a float64 oracle.",
@@ -15,6 +19,10 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("certify")(certify)
+app.command("port")(port)
+app.command("mutants")(mutants)
+app.command("meshes")(meshes)
+app.add_typer(vectors, name="vectors")
 
 
 def main() -> None:

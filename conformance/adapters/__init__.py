@@ -1,0 +1,180 @@
+"""What a port has to offer: a functional adapter, and what it claims to implement.
+
+An adapter is any object with `init`, `step` and `capabilities`; the other methods of :class:`Adapter` are optional.
+Arrays are numpy's, so that a port in any framework can be judged. `torch_optimizer.TorchOptimizerAdapter` makes an
+adapter out of a `torch.optim.Optimizer`.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conformance.vectors import Case
+
+Arrays = Mapping[str, NDArray[Any]]
+LEVELS = ("L0", "L1", "L2", "L3", "L4")
+"""Orthonormalizer, one step, trajectory, save and resume, mesh equivalence."""
+DTYPES = ("float64", "float32", "bfloat16")
+"""Compute dtypes; with bfloat16 the weights, gradients and states are float32."""
+
+
+@dataclass(frozen=True)
+class Spec:
+    """The one parameter of a case.
+
+    Attributes:
+        name: fully qualified, as a model would have it.
+        shape: its shape.
+        storage_dtype: "float64" or "float32": of weight, gradient and state.
+        compute_dtype: "float64", "float32" or "bfloat16": of the orthonormalization.
+        algorithm: a key of the oracle's ALGORITHMS.
+        dialect: name of the convention.
+        split: how it is cut into logical matrices, or None.
+        hyper: every hyperparameter of the first step.
+        derived: scale_factor, rank and count of each logical matrix.
+        state: what to start from, by the oracle's key: "momentum", "Q", "variance", "exp_avg", "exp_avg_sq", "step".
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    storage_dtype: str
+    compute_dtype: str
+    algorithm: str
+    dialect: str
+    split: Mapping[str, Any] | None
+    hyper: Mapping[str, Any]
+    derived: Mapping[str, Any]
+    state: Arrays
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a port claims. What it does not claim is listed as not claimed, never as passed.
+
+    Attributes:
+        name: of the port.
+        algorithms: by algorithm, the dialects that it follows; "*" stands for all.
+        levels: of LEVELS.
+        dtypes: compute dtypes of DTYPES.
+        features: beyond these: "state" (starts from a given state), "cautious", "split:Rows", "split:Heads",
+            "split:InterleavedRows", "split:Experts", "split:Flatten", "schedule:lr", "schedule:mu".
+        states: keys that `canonical_state` returns and that are to be graded; "*" stands for all.
+        distribution: name of the installed package, for its version.
+    """
+
+    name: str
+    algorithms: Mapping[str, tuple[str, ...]]
+    levels: tuple[str, ...] = ("L1", "L2")
+    dtypes: tuple[str, ...] = ("float32",)
+    features: tuple[str, ...] = ()
+    states: tuple[str, ...] = ("*",)
+    distribution: str | None = None
+    notes: Mapping[str, str] = field(default_factory=dict)
+
+    def refusal(self, case: Case, compute_dtype: str) -> str | None:
+        """Why a case is not claimed, or None if it is."""
+        dialects = self.algorithms.get(case.algorithm, ())
+        if case.level not in self.levels:
+            return f"level {case.level}"
+        if not dialects:
+            return f"algorithm {case.algorithm}"
+        if case.dialect not in dialects and "*" not in dialects:
+            return f"dialect {case.dialect} of {case.algorithm}"
+        if compute_dtype not in self.dtypes:
+            return f"dtype {compute_dtype}"
+        missing = [one for one in case.requires if one not in self.features]
+        return f"feature {', '.join(missing)}" if missing else None
+
+    def version(self) -> str:
+        """Version of the installed package, or "unknown"."""
+        try:
+            return importlib.metadata.version(self.distribution) if self.distribution else "unknown"
+        except importlib.metadata.PackageNotFoundError:
+            return "not installed"
+
+
+class Adapter(Protocol):
+    """What the suite calls. Only the first three are needed."""
+
+    def capabilities(self) -> Capabilities:
+        """What the port claims."""
+        ...
+
+    def init(self, spec: Spec, params: Arrays) -> Any:
+        """The state before the first step; `params` holds the weight under `spec.name`."""
+        ...
+
+    def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
+        """One step; returns new weights and state. Raises if the step is refused."""
+        ...
+
+    # optional
+    # def canonical_state(self, state) -> Arrays: the state by the oracle's keys.
+    # def orthonormalize(self, matrix, hyper, compute_dtype) -> array: level L0.
+    # def build(self, params, spec): a torch.optim.Optimizer over (name, parameter) pairs, plain or DTensor: L3 and L4.
+
+
+class AdapterError(ValueError):
+    """An adapter that cannot be found or is none; the message says what to give."""
+
+
+def find(path: str) -> Adapter:
+    """The adapter at "package.module:object", or of an entry point in the group "conformance.adapters".
+
+    An object without `capabilities` that can be called is called, once, to make the adapter.
+
+    Raises:
+        AdapterError: no such module or object, or something else than an adapter.
+    """
+    if ":" not in path:
+        known = importlib.metadata.entry_points(group="conformance.adapters")
+        if path not in known.names:
+            raise AdapterError(
+                f"{path!r} is neither package.module:object nor a registered adapter "
+                f"({', '.join(sorted(known.names)) or 'none is registered'})"
+            )
+        found = known[path].load()
+    else:
+        module_name, _, name = path.partition(":")
+        try:
+            module = importlib.import_module(module_name)
+        except ImportError as error:
+            raise AdapterError(f"{path!r}: {module_name} cannot be imported: {error}") from error
+        except ValueError as error:
+            raise AdapterError(f"{path!r} is not package.module:object") from error
+        if not hasattr(module, name):
+            raise AdapterError(f"{path!r}: {module_name} has no {name!r}")
+        found = getattr(module, name)
+    if isinstance(found, type) or (callable(found) and not hasattr(found, "capabilities")):
+        found = found()
+    missing = [name for name in ("capabilities", "init", "step") if not callable(getattr(found, name, None))]
+    if missing:
+        raise AdapterError(f"{path!r} is no adapter: it has no {', '.join(missing)}")
+    adapter: Adapter = found
+    return adapter
+
+
+def spec_of(case: Case, compute_dtype: str) -> Spec:
+    """The specification of a case's parameter, in the storage dtype that goes with a compute dtype."""
+    inputs = case.cast(compute_dtype)
+    return Spec(
+        name="blocks.0.weight",
+        shape=case.shape,
+        storage_dtype=str(np.dtype(inputs["weight"].dtype)),
+        compute_dtype=compute_dtype,
+        algorithm=case.algorithm,
+        dialect=case.dialect,
+        split=case.split,
+        hyper=case.hyper_at(0),
+        derived=case.derived,
+        state={
+            name.removeprefix("state/"): value for name, value in inputs.items() if name.startswith("state/")
+        },
+    )

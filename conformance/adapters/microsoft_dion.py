@@ -1,0 +1,70 @@
+"""microsoft/dion's Muon, NorMuon, Dion, Dion2 and NorDion2, when its package `dion` is on the path."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+
+from conformance.adapters import Capabilities, Spec
+from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter
+
+
+def _eager(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    """`torch.compile` without compiling: the cases have many small shapes."""
+    return (lambda later: later) if function is None else function
+
+
+with mock.patch("torch.compile", _eager):
+    import dion
+
+SCALES = {"spectral_norm": "spectral_norm", "moonlight": "rms_norm", None: None}
+CLASSES = {"muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "dion2": "Dion2", "dion3": "NorDion2"}
+OWN = {"muon": "muon", "normuon": "normuon", "dion": "dion", "dion2": "dion2", "dion3": "nordion2"}
+
+
+def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
+    """From a case's hyperparameters."""
+    hyper, algorithm = spec.hyper, spec.algorithm
+    options: dict[str, Any] = {key: hyper[key] for key in ("lr", "weight_decay", "epsilon")}
+    if algorithm == "dion":
+        options |= {"mu": hyper["mu"], "rank_fraction": hyper["rank_fraction"], "qr_method": "rcqr"}
+        options["rank_multiple_of"] = hyper["rank_multiple"]
+    else:
+        options |= {"adjust_lr": SCALES[hyper["scale"]], "flatten": len(spec.shape) > 3}
+        options["use_polar_express"] = hyper.get("polynomial_name") == "polar_express"
+        options["ef_decay" if algorithm == "dion2" else "mu"] = hyper["mu"]
+        if algorithm in ("dion2", "dion3"):
+            options |= {"fraction": hyper["fraction"], "selection_scope": "global"}
+        if algorithm in ("normuon", "dion3"):
+            options["muon_beta2"] = hyper["beta2"]
+        if algorithm in ("muon", "normuon"):
+            options |= {"nesterov": hyper["nesterov"], "cautious_wd": hyper["cautious"]}
+    optimizer: Any = getattr(dion, CLASSES[algorithm])([parameter for _, parameter in params], **options)
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            optimizer._get_or_initialize_state(parameter, group if algorithm == "dion" else OWN[algorithm])
+    made: torch.optim.Optimizer = optimizer
+    return made
+
+
+adapter = TorchOptimizerAdapter(
+    Capabilities(
+        name="microsoft/dion",
+        algorithms={
+            "muon": ("dion", "dion-you", "dion-unscaled"),
+            "normuon": ("dion",),
+            "dion": ("dion",),
+            "dion2": ("dion",),
+            "dion3": ("dion",),
+        },
+        dtypes=("bfloat16",),
+        features=("state", "split:Flatten", "split:Experts", "schedule:lr", "schedule:mu"),
+        distribution="dion",
+    ),
+    build,
+    state={"momentum": "momentum", "Q": "Q", "variance": "variance_neuron"},
+    hyper={"mu": ("mu", "ef_decay")},
+)

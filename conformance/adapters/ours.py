@@ -1,0 +1,103 @@
+"""`dion_dtensor`: whatever classes it has at import are claimed, so the claim grows with the package."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import dion_dtensor
+from conformance.adapters import DTYPES, LEVELS, Capabilities, Spec
+from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter
+from dion_dtensor.orthonormalize import newton_schulz
+
+CLASSES = {"muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "dion2": "Dion2", "dion3": "Dion3"}
+SCALAR = ("adamw", "lion")
+COMPILE = "CONFORMANCE_COMPILE"
+"""The environment variable that asks for compiled steps. Vectors are many small shapes: eager by default."""
+
+
+def _arguments(name: str) -> set[str]:
+    return set(inspect.signature(getattr(dion_dtensor, name).__init__).parameters)
+
+
+def _available() -> dict[str, tuple[str, ...]]:
+    found: dict[str, tuple[str, ...]] = {
+        "orthonormalize": ("keller", "you", "polar_express", "polar_express_gns", "cans")
+    }
+    for algorithm, name in CLASSES.items():
+        if hasattr(dion_dtensor, name):
+            found[algorithm] = _dialects(_arguments(name))
+    if "right_factor" in _arguments("Dion"):
+        found["orth_dion"] = ("dion",)
+    return found | dict.fromkeys(SCALAR, ("dion",))
+
+
+def _dialects(arguments: set[str]) -> tuple[str, ...]:
+    """Those that the class has the arguments for."""
+    plain = ("dion", "dion-you", "dion-keller", "dion-gns", "dion-cans", "dion-unscaled")
+    if not {"momentum", "nesterov", "epsilon_rule"} <= arguments:
+        return plain
+    return (*plain, "keller", "torch", "torch-match-rms", "moonlight", "nvidia")
+
+
+def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
+    """The optimizer of `spec.algorithm` over plain or DTensor parameters."""
+    name = "Dion" if spec.algorithm == "orth_dion" else CLASSES.get(spec.algorithm, "Muon")
+    kind = getattr(dion_dtensor, name)
+    hyper = {key: _value(value) for key, value in spec.hyper.items()}
+    options: dict[str, Any] = {
+        "compute_dtype": getattr(torch, spec.compute_dtype),
+        "compile": bool(os.environ.get(COMPILE)),
+    }
+    groups: list[dict[str, Any]] = [{"params": list(params)}]
+    if spec.algorithm in SCALAR:
+        scalar = ("betas", "epsilon") if spec.algorithm == "adamw" else ("betas",)
+        groups[0] |= {"algorithm": spec.algorithm, **{key: hyper[key] for key in scalar}}
+    else:
+        known = _arguments(name)
+        options |= {key: value for key, value in hyper.items() if key in known}
+        if "polynomial" in known and "norm_factor" not in known:
+            options["polynomial"] = hyper["polynomial_name"]
+        if spec.algorithm == "orth_dion":
+            options["right_factor"] = "orthonormalize"
+    for key in ("lr", "weight_decay", "cautious"):
+        options[key] = hyper[key]
+    optimizer: torch.optim.Optimizer = kind(groups, **options)
+    return optimizer
+
+
+def _value(value: Any) -> Any:
+    if isinstance(value, list):
+        return tuple(tuple(one) if isinstance(one, list) else one for one in value)
+    return value
+
+
+def orthonormalize(matrix: Tensor, hyper: Mapping[str, Any]) -> Tensor:
+    """The production polynomial on a stack of one."""
+    coefficients = tuple((a, b, c) for a, b, c in hyper["polynomial"])
+    rounded = matrix.to(getattr(torch, hyper["compute_dtype"])).unsqueeze(0)
+    result = newton_schulz(
+        rounded, coefficients, hyper["epsilon"], hyper["epsilon_rule"], hyper["norm_factor"] or 1.0
+    )
+    return result[0].to(matrix.dtype)
+
+
+adapter = TorchOptimizerAdapter(
+    Capabilities(
+        name="dion_dtensor",
+        algorithms=_available(),
+        levels=LEVELS,
+        dtypes=DTYPES,
+        features=("state", "cautious", "schedule:lr", "schedule:mu"),
+        distribution="dion-conformance",
+    ),
+    build,
+    state={key: key for key in ("momentum", "Q", "variance", "exp_avg", "exp_avg_sq", "step")},
+    hyper={"mu": "mu"},
+    orthonormalize=orthonormalize,
+)

@@ -1,0 +1,105 @@
+"""An adapter out of any `torch.optim.Optimizer`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from conformance.adapters import Arrays, Capabilities, Spec
+
+Named = Sequence[tuple[str, nn.Parameter]]
+Build = Callable[[Named, Spec], torch.optim.Optimizer]
+Orthonormalize = Callable[[Tensor, Mapping[str, Any]], Tensor]
+
+
+class TorchOptimizerAdapter:
+    """Drives an optimizer on plain tensors for L1 and L2, and hands `build` on for L3 and L4.
+
+    Args:
+        capabilities: what the port claims.
+        build: `(named parameters, spec) -> optimizer`, from `spec.hyper`; the parameters may be DTensors.
+        state: by the oracle's key, the optimizer's key in `optimizer.state[parameter]`.
+        hyper: by the oracle's name, the key (or keys, any of which) in `param_groups` of what may change by step.
+        orthonormalize: `(matrix, hyper) -> matrix`, for L0.
+    """
+
+    def __init__(
+        self,
+        capabilities: Capabilities,
+        build: Build,
+        *,
+        state: Mapping[str, str] | None = None,
+        hyper: Mapping[str, str | tuple[str, ...]] | None = None,
+        orthonormalize: Orthonormalize | None = None,
+    ) -> None:
+        self._capabilities, self.build = capabilities, build
+        self.state_keys = dict(state or {})
+        given = {"lr": "lr", **(hyper or {})}
+        self.hyper_keys = {name: (keys,) if isinstance(keys, str) else keys for name, keys in given.items()}
+        self._orthonormalize = orthonormalize
+
+    def capabilities(self) -> Capabilities:
+        """What the port claims."""
+        return self._capabilities
+
+    def init(self, spec: Spec, params: Arrays) -> Any:
+        """The parameters and their optimizer, its state loaded if the case starts from one."""
+        named = [(name, nn.Parameter(torch.from_numpy(np.array(value)))) for name, value in params.items()]
+        optimizer = self.build(named, spec)
+        for name, parameter in named:
+            if name == spec.name and "state" in self._capabilities.features:
+                self._load(optimizer, parameter, spec.state)
+        return named, optimizer, spec
+
+    def _load(self, optimizer: torch.optim.Optimizer, parameter: nn.Parameter, state: Arrays) -> None:
+        own = optimizer.state[parameter]
+        for key, name in self.state_keys.items():
+            if key not in state:
+                continue
+            given = torch.from_numpy(np.array(state[key]))
+            old = own.get(name)
+            if isinstance(old, Tensor):
+                old.copy_(given.reshape(old.shape))
+            elif isinstance(old, int) or (key == "step" and old is None):
+                own[name] = int(given)
+            else:
+                own[name] = given
+
+    def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
+        """One step of the optimizer."""
+        named, optimizer, _ = state
+        for group in optimizer.param_groups:
+            for name, keys in self.hyper_keys.items():
+                group.update({key: hyper[name] for key in keys if name in hyper and key in group})
+        for name, parameter in named:
+            parameter.grad = torch.from_numpy(np.array(grads[name]))
+        optimizer.step()
+        return {name: array(parameter) for name, parameter in named}, state
+
+    def canonical_state(self, state: Any) -> Arrays:
+        """The state of the case's parameter by the oracle's keys."""
+        named, optimizer, spec = state
+        own = optimizer.state[dict(named)[spec.name]]
+        return {
+            key: array(torch.as_tensor(own[name])) for key, name in self.state_keys.items() if name in own
+        }
+
+    def orthonormalize(
+        self, matrix: NDArray[Any], hyper: Mapping[str, Any], compute_dtype: str
+    ) -> NDArray[Any]:
+        """The port's orthonormalizer on one matrix."""
+        if self._orthonormalize is None:
+            raise NotImplementedError("no orthonormalizer was given")
+        given = torch.from_numpy(np.array(matrix))
+        return array(self._orthonormalize(given, {**hyper, "compute_dtype": compute_dtype}))
+
+
+def array(tensor: Tensor) -> NDArray[Any]:
+    """A numpy copy; bfloat16 as float32."""
+    plain = tensor.detach().cpu()
+    return np.array((plain.float() if plain.dtype == torch.bfloat16 else plain).numpy())

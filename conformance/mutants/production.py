@@ -1,0 +1,106 @@
+"""Mistakes in `dion_dtensor`, on one device and on meshes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from conformance.mutants.mutant import PRODUCTION, Applied, Mutant, attribute
+from dion_dtensor import buckets, optimizer, placements
+from dion_dtensor.orthonormalize import householder
+from dion_dtensor.rules import dion, muon
+from dion_dtensor.scale import scale_factor
+
+
+def _in(owner: Any, name: str, wrong: Callable[[Any], Any]) -> Applied:
+    def applied() -> AbstractContextManager[Any]:
+        return attribute(owner, name, wrong)
+
+    return applied
+
+
+def mutants() -> list[Mutant]:
+    """All of them."""
+
+    def one(name: str, level: str, algorithm: str, applied: Applied, *layouts: str) -> Mutant:
+        return Mutant(name, PRODUCTION, level, (algorithm,), applied, layouts)
+
+    return [
+        one("polynomial in bfloat16 for float64", "L1", "muon",
+            _in(muon, "newton_schulz", lambda f: lambda X, **k: f(X.bfloat16(), **k).to(X.dtype))),
+        one("epsilon clamped in place of added", "L1", "muon",
+            _in(muon, "newton_schulz", lambda f: lambda X, **k: f(X, **{**k, "epsilon_rule": "clamp"}))),
+        one("norm factor of polar_express dropped", "L1", "muon",
+            _in(muon, "newton_schulz", lambda f: lambda X, **k: f(X, **{**k, "norm_factor": 1.0}))),
+        one("last step of the polynomial dropped", "L1", "muon",
+            _in(muon, "newton_schulz", lambda f: lambda X, **k: f(X, **{**k, "coefficients": k["coefficients"][:-1]}))),
+        one("transposed scale", "L1", "muon",
+            _in(buckets, "scale_factor", lambda f: lambda scale, shape: f(scale, shape[::-1]))),
+        one("decay after the update", "L1", "muon", _in(buckets.Bucket, "_apply", lambda _: _decay_last)),
+        one("no column is ever dead", "L1", "dion",
+            _in(householder, "_dead", lambda f: lambda T, sizes: torch.zeros_like(f(T, sizes)))),
+        one("each shard orthonormalized by itself", "L4", "muon",
+            _in(muon, "on_whole_matrices", lambda _: _shard_by_shard), "4-S0", "2x2-S0S1"),
+        one("scale of a shard's shape", "L4", "muon",
+            _in(buckets.Bucket, "scale", lambda _: property(_shard_scale)), "4-S0", "2-S1"),
+        one("one axis not reduced (R)", "L4", "dion", _in(dion, "reduced", lambda _: _unreduced), "4-S0", "2x2-S0S1"),
+        one("norms of a shard", "L4", "dion", _in(dion, "norm", lambda _: _local_norm), "4-S0", "2x2-S0S1"),
+        one("state not copied on load", "L3", "dion",
+            _in(optimizer, "load_states", lambda _: lambda members, states: None), "4-S0-to-2x2-S0S1"),
+    ]  # fmt: skip
+
+
+def _decay_last(self: Any, members: Any, updates: Any, decay: Tensor) -> None:
+    weights = [member.local for member in members]
+    torch._foreach_sub_(weights, list(updates))
+    torch._foreach_mul_(weights, decay)
+
+
+def _shard_by_shard(function: Callable[..., Tensor], stack: Tensor, *others: Tensor) -> Tensor:
+    if not isinstance(stack, DTensor):
+        return function(stack, *others)
+    return _like(stack, function(stack.to_local()).contiguous())
+
+
+def _shard_scale(self: Any) -> float:
+    rows, columns = self.members[0].local.shape
+    return scale_factor(self.group.get("scale"), (max(rows, 1), max(columns, 1)))
+
+
+def _unreduced(tensor: Tensor) -> Tensor:
+    if not isinstance(tensor, DTensor):
+        return tensor
+    placed = placements.of_reduced(tensor.placements)
+    return DTensor.from_local(
+        tensor.to_local(),
+        tensor.device_mesh,
+        placed,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
+def _local_norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:
+    if not isinstance(stack, DTensor):
+        whole: Tensor = torch.linalg.vector_norm(stack, dim=dims, keepdim=True)
+        return whole
+    summed = tuple(dim % stack.ndim for dim in dims)
+    squares = torch.linalg.vector_norm(stack.to_local(), dim=dims, keepdim=True)
+    placed = placements.of_reduced(placements.of_norm(stack.placements, summed))
+    shape = torch.Size(1 if dim in summed else size for dim, size in enumerate(stack.shape))
+    stride = torch.empty(shape, device="meta").stride()
+    return DTensor.from_local(squares, stack.device_mesh, placed, run_check=False, shape=shape, stride=stride)
+
+
+def _like(stack: DTensor, local: Tensor) -> DTensor:
+    stride = torch.empty(stack.shape, device="meta").stride()
+    placed = placements.of_reduced(stack.placements)
+    return DTensor.from_local(
+        local, stack.device_mesh, placed, run_check=False, shape=stack.shape, stride=stride
+    )

@@ -1,0 +1,135 @@
+"""A pytest plugin: every case that a port claims is a test.
+
+In a project's own tests, with `addopts = "--port my_port.conformance:adapter"`:
+
+    def test_conformance(conformance_case):
+        conformance_case()
+
+or without a line of code: `pytest --pyargs conformance.port.suite --port my_port.conformance:adapter`.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from conformance.port.runner import Selection
+
+FIXTURE = "conformance_case"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The selection of `conformance port`, under the same names."""
+    group = parser.getgroup("conformance", "hold a port to the oracle")
+    group.addoption("--port", help="adapter: package.module:object, or a registered name")
+    group.addoption(
+        "--port-level", default="L0-L2", help="levels, such as L0-L2 (L3 and L4 need `conformance port`)"
+    )
+    group.addoption("--port-dtype", action="append", help="only this compute dtype (repeatable)")
+    group.addoption("--port-case", action="append", help="only ids that match this glob (repeatable)")
+    group.addoption("--port-skip", type=Path, help="file of cases not to run: `pattern  # reason`")
+    group.addoption("--port-xfail", type=Path, help="file of cases that have to fail, likewise")
+    group.addoption("--port-timeout", type=float, default=60.0, help="seconds that a case may take")
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """One test a case and dtype; what is not claimed is no test, and is counted in the header."""
+    if FIXTURE not in metafunc.fixturenames:
+        return
+    path = metafunc.config.getoption("--port")
+    if path is None:
+        skipped = pytest.param(None, marks=pytest.mark.skip(reason="no --port was given"), id="no-port")
+        metafunc.parametrize(FIXTURE, [skipped], indirect=True)
+        return
+    from conformance.port.selection import reason
+
+    selection, vectors, claims = _setup(metafunc.config)
+    from conformance.port.runner import jobs
+
+    parameters = []
+    for case, dtype, known in jobs(claims, vectors, selection):
+        skipped_for = reason(selection.skip, case.id, dtype)
+        if known is not None and skipped_for is None:
+            continue
+        marks = []
+        if skipped_for is not None:
+            marks.append(pytest.mark.skip(reason=skipped_for))
+        if (why := reason(selection.xfail, case.id, dtype)) is not None:
+            marks.append(pytest.mark.xfail(reason=why, strict=True))
+        parameters.append(pytest.param((case.id, dtype), marks=marks, id=f"{case.id}@{dtype}"))
+    metafunc.parametrize(FIXTURE, parameters, indirect=True)
+
+
+def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
+    """Selection, vectors and claims; a bad option ends the session with one line."""
+    cached = getattr(config, "_conformance", None)
+    if cached is not None:
+        found: tuple[Selection, Any, Any] = cached
+        return found
+    from conformance.adapters import AdapterError
+    from conformance.port.command import claims_of, selection_of
+    from conformance.port.selection import SelectionError, check_known
+    from conformance.vectors import VectorError, load
+
+    option = config.getoption
+    sys.path.insert(0, os.getcwd())
+    try:
+        selection = selection_of(
+            option("--port-level"),
+            option("--port-dtype"),
+            option("--port-case"),
+            option("--port-skip"),
+            option("--port-xfail"),
+        )
+        vectors = load()
+        claims = claims_of(option("--port"), option("--port-timeout"))
+        check_known((*selection.skip, *selection.xfail), [case.id for case in vectors])
+    except (AdapterError, SelectionError, VectorError) as error:
+        raise pytest.UsageError(str(error)) from error
+    config._conformance = selection, vectors, claims  # type: ignore[attr-defined]
+    return selection, vectors, claims
+
+
+def pytest_report_header(config: pytest.Config) -> str | None:
+    """The port, its version, and the vectors."""
+    path = config.getoption("--port", None)
+    if path is None:
+        return None
+    _, vectors, claims = _setup(config)
+    return f"conformance: {claims.name} {claims.version()} ({path}), vectors {vectors.version}"
+
+
+@pytest.fixture(scope="session")
+def _conformance_worker(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """One process for the adapter in every test process."""
+    from conformance.port.worker import Worker
+
+    worker = Worker(request.config.getoption("--port"), request.config.getoption("--port-timeout"))
+    yield worker
+    worker.close()
+
+
+@pytest.fixture
+def conformance_case(request: pytest.FixtureRequest) -> Callable[[], None]:
+    """Calling it runs one case on the port, and fails with the verdict's message."""
+    from conformance.port.grading import ACCEPTABLE, PASS, UNDECIDED, grade
+
+    identity, dtype = request.param
+    _, vectors, claims = _setup(request.config)
+    worker = request.getfixturevalue("_conformance_worker")
+
+    def run() -> None:
+        case = vectors[identity]
+        verdict = grade(case, dtype, worker.run(case, dtype), claims.states)
+        if verdict.status == UNDECIDED:
+            pytest.skip(verdict.message)
+        if verdict.status not in (PASS, ACCEPTABLE):
+            pytest.fail(f"{verdict.status}: {verdict.message}\n{verdict.details}", pytrace=False)
+
+    return run

@@ -1,0 +1,1 @@
+"""Runs a port through the levels and gives a verdict on every case."""

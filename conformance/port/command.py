@@ -1,0 +1,186 @@
+"""`conformance port`: from an adapter to verdicts, files and an exit status."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from conformance.adapters import DTYPES, AdapterError, Capabilities, find
+from conformance.port import output
+from conformance.port.grading import Verdict
+from conformance.port.runner import Run, Selection, jobs, run_vectors
+from conformance.port.selection import SelectionError, check_known, levels_of, read_known
+from conformance.vectors import VectorError, VectorSet, load
+
+
+def port(
+    adapter: Annotated[str, typer.Argument(help="package.module:object, or a registered adapter's name.")],
+    level: Annotated[
+        str, typer.Option(help="Levels: L0-L2, or L1,L4. Those not claimed are listed.")
+    ] = "L0-L4",
+    case: Annotated[
+        list[str] | None, typer.Option(help="Only ids that match this glob (repeatable).")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option(help=f"Only this one (repeatable): {', '.join(DTYPES)}.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="Of the meshes: cpu or cuda.")] = "cpu",
+    backend: Annotated[
+        str | None, typer.Option(help="gloo (cpu) or nccl (cuda).  [default: by device]")
+    ] = None,
+    nproc: Annotated[int, typer.Option(min=1, help="Local ranks for L3 and L4.")] = 4,
+    skip: Annotated[
+        Path | None, typer.Option(help="File of cases not to run: `pattern  # reason` a line.")
+    ] = None,
+    xfail: Annotated[Path | None, typer.Option(help="File of cases that have to fail, likewise.")] = None,
+    vectors: Annotated[Path | None, typer.Option(help="Folder of another set of vectors.")] = None,
+    timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = 60.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all verdicts to this file.")] = None,
+    junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")] = None,
+    html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Print what failing cases raised.")] = False,
+) -> None:
+    """Hold a port to the oracle: L0 orthonormalizer, L1 one step, L2 ten steps, L3 resume, L4 meshes.
+
+    Exit status 0: something passed and nothing failed; 1: something failed; 2: nothing could be run.
+    """
+    console = Console() if sys.stdout.isatty() else Console(width=120)
+    began = time.monotonic()
+    sys.path.insert(0, os.getcwd())
+    try:
+        check_targets([path for path in (json_file, junit, html) if path is not None])
+        selection = selection_of(level, dtype, case, skip, xfail)
+        check_backend(device, backend)
+        found = load(vectors) if vectors else load()
+        claims = claims_of(adapter, timeout)
+        ids = [one.id for one in found] + mesh_ids(claims, found)
+        check_known((*selection.skip, *selection.xfail), ids)
+        run = run_port(adapter, claims, found, selection, console, timeout, nproc=nproc, device=device)
+    except (AdapterError, SelectionError, VectorError, OSError) as error:
+        Console(stderr=True).print(
+            f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
+        )
+        raise typer.Exit(2) from None
+    seconds = time.monotonic() - began
+    about = output.facts(run, adapter, f"{found.version}, {len(found)} cases", seconds)
+    output.show(run, adapter, console, seconds, details=traceback)
+    if json_file is not None:
+        output.write_whole(json_file, output.json_bytes(output.as_json(run, about, adapter)))
+    if junit is not None:
+        output.write_whole(junit, output.as_junit(run, adapter))
+    if html is not None:
+        from conformance.port.page import render
+
+        output.write_whole(html, render(run, about, adapter, seconds).encode())
+    if not run.verdicts:
+        raise typer.Exit(2)
+    raise typer.Exit(0 if run.passed else 1)
+
+
+def claims_of(adapter: str, timeout: float) -> Capabilities:
+    """What the port claims.
+
+    Raises:
+        AdapterError: it cannot be found, or `capabilities` raises or gives something else.
+    """
+    found = find(adapter)
+    try:
+        claims = found.capabilities()
+    except Exception as error:
+        raise AdapterError(f"{adapter!r}: capabilities() raised {type(error).__name__}: {error}") from error
+    if not isinstance(claims, Capabilities):
+        raise AdapterError(f"{adapter!r}: capabilities() must return conformance.adapters.Capabilities")
+    return claims
+
+
+def selection_of(
+    level: str, dtype: Sequence[str] | None, case: Sequence[str] | None, skip: Path | None, xfail: Path | None
+) -> Selection:
+    """The command line's selection.
+
+    Raises:
+        SelectionError: an unknown level or dtype, or a bad file.
+    """
+    for one in dtype or ():
+        if one not in DTYPES:
+            raise SelectionError(f"{one!r} is no compute dtype; choose from {', '.join(DTYPES)}")
+    return Selection(
+        levels_of(level), tuple(dtype or ()), tuple(case or ()), read_known(skip), read_known(xfail)
+    )
+
+
+def check_backend(device: str, backend: str | None) -> None:
+    """Refuses a backend that the device's ranks would not use.
+
+    Raises:
+        SelectionError: another device or backend.
+    """
+    known = {"cpu": "gloo", "cuda": "nccl"}
+    if device not in known:
+        raise SelectionError(f"{device!r} is no device; choose from {', '.join(known)}")
+    if backend not in (None, known[device]):
+        raise SelectionError(
+            f"on {device} the backend is {known[device]}, not {backend!r}; give --device as well"
+        )
+
+
+def mesh_ids(claims: Capabilities, vectors: VectorSet) -> list[str]:
+    """Ids of L3 and L4, for the files of known failures."""
+    from conformance.port.mesh_cases import claimed_hypers, mesh_cases
+
+    return [one.id for one in mesh_cases(claimed_hypers(claims, vectors), ("L3", "L4"))]
+
+
+def run_port(
+    adapter: str,
+    claims: Capabilities,
+    vectors: VectorSet,
+    selection: Selection,
+    console: Console,
+    timeout: float,
+    *,
+    nproc: int,
+    device: str,
+) -> Run:
+    """All selected levels, with a bar on a terminal."""
+    total = sum(known is None for _, _, known in jobs(claims, vectors, selection))
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("", total=total)
+
+        def following(verdict: Verdict) -> None:
+            progress.update(task, description=verdict.id[:60].ljust(60))
+            if verdict.seconds or verdict.errors:
+                progress.advance(task)
+
+        run = run_vectors(adapter, claims, vectors, selection, timeout=timeout, on_verdict=following)
+        if {"L3", "L4"} & set(selection.levels) & set(claims.levels):
+            from conformance.port.meshes import run_meshes
+
+            run.verdicts += run_meshes(
+                adapter, claims, vectors, selection,
+                ranks=nproc, device=device, timeout=timeout, on_verdict=following,
+            )  # fmt: skip
+    return run
+
+
+def check_targets(paths: Sequence[Path]) -> None:
+    """Refuses files that could not be written, before anything is run.
+
+    Raises:
+        OSError: the folder is missing or read-only.
+    """
+    for path in paths:
+        folder = path.absolute().parent
+        if not folder.is_dir():
+            raise FileNotFoundError(f"{folder} does not exist; make it, or write elsewhere")
+        if path.is_dir() or not os.access(folder, os.W_OK):
+            raise PermissionError(f"{path} cannot be written; choose another file")

@@ -1,0 +1,171 @@
+"""From what an adapter did to a verdict."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conformance.port.execute import Outcome
+from conformance.vectors import Case
+
+PASS, FAIL, ERROR, ACCEPTABLE = "pass", "fail", "error", "acceptable"
+SKIP, XFAIL, XPASS, UNCLAIMED, UNDECIDED = "skip", "xfail", "xpass", "not claimed", "undecided"
+BAD = (FAIL, ERROR, XPASS)
+"""Statuses that make the run fail."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is said of one case in one dtype.
+
+    Attributes:
+        case: id of the vector or of the mesh case.
+        dtype: compute dtype.
+        layout: "one device", or how the parameters lay.
+        status: one of the constants above.
+        message: what is wrong, or why there is no verdict; empty on a plain pass.
+        errors: by quantity, the relative error and what is allowed.
+        seconds: wall time.
+        spectrum: along the singular directions of the expected update: expected length, and length found.
+        details: a traceback.
+    """
+
+    case: str
+    level: str
+    algorithm: str
+    dialect: str
+    dtype: str
+    status: str
+    layout: str = "one device"
+    message: str = ""
+    errors: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
+    seconds: float = 0.0
+    spectrum: tuple[tuple[float, float], ...] = ()
+    details: str = ""
+
+    @property
+    def id(self) -> str:
+        """Case and dtype: what skip files and pytest call it."""
+        return f"{self.case}@{self.dtype}"
+
+    @property
+    def used(self) -> float:
+        """The largest error over what is allowed."""
+        return max((e / a for e, a in self.errors.values() if a), default=0.0)
+
+    def with_status(self, status: str, message: str = "") -> Verdict:
+        """The same, judged otherwise."""
+        return replace(self, status=status, message=message or self.message)
+
+
+def relative_error(value: NDArray[Any], reference: NDArray[Any]) -> float:
+    """``||value - reference|| / ||reference||``; 0 where both are zero, inf where only one is or on NaN."""
+    size = float(np.linalg.norm(reference))
+    difference = float(np.linalg.norm(value - reference))
+    if not math.isfinite(difference):
+        return math.inf
+    if size == 0.0:
+        return 0.0 if difference == 0.0 else math.inf
+    return difference / size
+
+
+def error_of(quantity: str, value: NDArray[Any], reference: NDArray[Any]) -> float:
+    """The error of a quantity: the largest step's for updates, up to the signs of columns for Q."""
+    if value.shape != reference.shape:
+        return math.inf
+    if quantity == "update":
+        return max(relative_error(one, other) for one, other in zip(value, reference, strict=True))
+    if quantity.startswith("state/Q"):
+        turn = np.sign((value * reference).sum(axis=-2, keepdims=True))
+        value = value * np.where(turn == 0, 1.0, turn)
+    return relative_error(value, reference)
+
+
+def blank(case: Case, dtype: str, status: str, message: str) -> Verdict:
+    """A verdict without a measurement."""
+    return Verdict(case.id, case.level, case.algorithm, case.dialect, dtype, status, message=message)
+
+
+def grade(case: Case, dtype: str, outcome: Outcome, states: tuple[str, ...] = ("*",)) -> Verdict:
+    """The verdict on an outcome.
+
+    Args:
+        case: the vector.
+        dtype: compute dtype.
+        outcome: what the adapter did.
+        states: keys of the state that the port claims; "*" for every key that it returned.
+    """
+    base = replace(blank(case, dtype, PASS, ""), seconds=outcome.seconds, details=outcome.details)
+    if case.result == "error":
+        return _grade_refusal(case, outcome, base)
+    if outcome.raised is not None or outcome.update is None:
+        return base.with_status(ERROR, f"{outcome.phase} raised {outcome.raised}")
+    tolerance = case.tolerance[dtype] or {}
+    errors: dict[str, tuple[float, float | None]] = {}
+    for quantity, reference in case.expected.items():
+        key = quantity.removeprefix("state/")
+        if quantity == "update":
+            errors[quantity] = (error_of(quantity, outcome.update, reference), tolerance.get(quantity))
+        elif key in outcome.states and ("*" in states or key.split("/")[0] in states):
+            value = (
+                outcome.states[key].reshape(reference.shape)
+                if _fits(outcome.states[key], reference)
+                else None
+            )
+            error = math.inf if value is None else error_of(quantity, value, reference)
+            errors[quantity] = (error, tolerance.get(quantity))
+        elif "*" not in states and key.split("/")[0] in states:
+            errors[quantity] = (math.inf, tolerance.get(quantity))
+    base = replace(base, errors=errors, spectrum=spectrum(outcome.update, case.expected["update"]))
+    if not np.isfinite(outcome.update).all():
+        return base.with_status(FAIL, "the new weight has NaN or infinite values")
+    wrong = {name: pair for name, pair in errors.items() if pair[1] is not None and not pair[0] <= pair[1]}
+    if wrong:
+        for note, other in case.acceptable:
+            allowed = errors["update"][1]
+            if allowed is not None and error_of("update", outcome.update, other) <= allowed:
+                return base.with_status(ACCEPTABLE, note)
+        return base.with_status(FAIL, "; ".join(_words(name, *pair) for name, pair in wrong.items()))
+    if errors["update"][1] is None:
+        return base.with_status(UNDECIDED, f"{dtype} decides nothing here: a right port may be off by half")
+    return base
+
+
+def _fits(value: NDArray[Any], reference: NDArray[Any]) -> bool:
+    """True where one is the other but for dims of size one."""
+    return [n for n in value.shape if n != 1] == [n for n in reference.shape if n != 1]
+
+
+def _words(name: str, error: float, allowed: float | None) -> str:
+    return f"{name.removeprefix('state/')} is off by {error:.2g}, allowed {allowed:.2g}"
+
+
+def _grade_refusal(case: Case, outcome: Outcome, base: Verdict) -> Verdict:
+    """NaN goes in: raising is right, and what else may be done is listed with the case."""
+    if outcome.raised is not None:
+        if outcome.phase in ("step", "orthonormalize"):
+            return base.with_status(PASS)
+        return base.with_status(ERROR, f"{outcome.phase} raised {outcome.raised}")
+    assert outcome.update is not None
+    for note, other in case.acceptable:
+        if np.isnan(other).any() and np.isnan(outcome.update).any():
+            return base.with_status(ACCEPTABLE, note)
+    return base.with_status(FAIL, "a NaN in the gradient became a finite update, without an error")
+
+
+def spectrum(update: NDArray[Any], reference: NDArray[Any]) -> tuple[tuple[float, float], ...]:
+    """For the worst step: along each singular direction of the expected update, its length there and the one found."""
+    if update.shape != reference.shape or not np.isfinite(update).all():
+        return ()
+    step = int(np.argmax([relative_error(one, other) for one, other in zip(update, reference, strict=True)]))
+    value, wanted = (
+        array[step].reshape(array.shape[1] if array.ndim > 2 else 1, -1) for array in (update, reference)
+    )
+    left, lengths, right = np.linalg.svd(wanted, full_matrices=False)
+    found = np.einsum("ik,ij,kj->k", left, value, right)
+    return tuple((float(s), float(f)) for s, f in zip(lengths, found, strict=True))

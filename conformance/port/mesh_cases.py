@@ -1,0 +1,135 @@
+"""Mesh cases as data: a mesh, a placement an axis, parameters of many shapes, and what is done with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from conformance.adapters import Capabilities
+from conformance.vectors import VectorSet
+
+SHAPES: tuple[tuple[int, int], ...] = (
+    (13, 10),
+    (13, 10),
+    (13, 10),
+    (10, 13),
+    (9, 9),
+    (1, 7),
+    (7, 1),
+    (16, 8),
+    (8, 16),
+)
+"""Uneven on every axis, both orientations, fewer rows than ranks, more and fewer matrices than ranks."""
+STEPS = 3
+RESUME_AFTER = 2
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A mesh and a placement an axis. S0, S1: Shard; R: Replicate; T0, T1: _StridedShard, as FSDP2 over TP makes it."""
+
+    mesh: tuple[int, ...]
+    codes: tuple[str, ...]
+
+    @property
+    def ranks(self) -> int:
+        """Number of ranks."""
+        count = 1
+        for size in self.mesh:
+            count *= size
+        return count
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Names of the axes."""
+        return ("replicate", "shard", "tensor")[-len(self.mesh) :]
+
+    def __str__(self) -> str:
+        return "x".join(map(str, self.mesh)) + "-" + "".join(self.codes)
+
+
+def layout(text: str) -> Layout:
+    """ "2x2 S0 S1" as a Layout."""
+    mesh, *codes = text.split()
+    return Layout(tuple(int(size) for size in mesh.split("x")), tuple(codes))
+
+
+LAYOUTS = tuple(
+    layout(text)
+    for text in (
+        *("1 S0", "2 S0", "2 S1", "2 R", "3 S0", "4 S0", "4 S1", "4 R", "8 S0", "8 S1"),
+        *("2x2 S0 S1", "2x2 S1 S0", "2x2 S0 S0", "2x2 R S0", "2x2 R S1", "2x2 T0 S0", "2x2 T1 S1"),
+        *("2x4 S0 S1", "2x4 T0 S0", "4x2 R S0", "2x2x2 R S0 S1", "2x2x2 R T0 S0", "2x2x2 R S1 S0"),
+    )
+)
+"""One, two and three axes: FSDP2, HSDP, TP, FSDP2 x TP on two dims and on one, with HSDP too."""
+RESHARDINGS = tuple(
+    (layout(before), layout(after))
+    for before, after in (
+        *(("1 S0", "1 S0"), ("2 S0", "2 S0"), ("2 S0", "2 S1"), ("4 S0", "2x2 S0 S1"), ("2x2 R S0", "4 S1")),
+        *(("2x2 T0 S0", "4 S0"), ("4 S0", "2 S0"), ("8 S0", "2x2x2 R S0 S1"), ("2x2x2 R T0 S0", "2x4 S0 S1")),
+    )
+)
+"""Save on one layout, resume on another."""
+
+
+@dataclass(frozen=True)
+class MeshCase:
+    """One case of L3 (save on `layout`, resume on `resume`) or L4 (three steps on `layout`).
+
+    Attributes:
+        id: "L4/muon/dion/2x2-S0S1".
+        hyper: all hyperparameters, as in the vectors.
+    """
+
+    level: str
+    algorithm: str
+    dialect: str
+    layout: Layout
+    hyper: Mapping[str, Any]
+    resume: Layout | None = None
+
+    @property
+    def id(self) -> str:
+        """Stable id."""
+        resumed = f"-to-{self.resume}" if self.resume else ""
+        return f"{self.level}/{self.algorithm}/{self.dialect}/{self.layout}{resumed}"
+
+    @property
+    def ranks(self) -> int:
+        """Ranks that it needs."""
+        return max(self.layout.ranks, self.resume.ranks if self.resume else 1)
+
+
+def mesh_cases(
+    hypers: Mapping[tuple[str, str], Mapping[str, Any]], levels: Sequence[str]
+) -> Iterator[MeshCase]:
+    """Every case of L3 and L4 for each (algorithm, dialect); `hypers` has their hyperparameters."""
+    for (algorithm, dialect), hyper in hypers.items():
+        if "L3" in levels:
+            for before, after in RESHARDINGS:
+                yield MeshCase("L3", algorithm, dialect, before, hyper, after)
+        if "L4" in levels:
+            for one in LAYOUTS:
+                yield MeshCase("L4", algorithm, dialect, one, hyper)
+
+
+def main_dialect(port: Capabilities, algorithm: str, known: Sequence[str]) -> str | None:
+    """The one convention on which a port's meshes are tried: the first that it claims; the mesh knows none."""
+    claimed = port.algorithms.get(algorithm, ())
+    if "*" in claimed:
+        return known[0] if known else None
+    return next((name for name in claimed if name in known), None)
+
+
+def claimed_hypers(port: Capabilities, vectors: VectorSet) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """(algorithm, dialect) and hyperparameters on which a port's meshes are tried: those of its first dialect."""
+    found = {}
+    for algorithm in port.algorithms:
+        cases = [case for case in vectors if case.algorithm == algorithm and case.level == "L1"]
+        dialect = main_dialect(port, algorithm, list(dict.fromkeys(case.dialect for case in cases)))
+        if dialect is not None:
+            first = next(case for case in cases if case.dialect == dialect and "cautious" not in case.flags)
+            found[algorithm, dialect] = first.hyper
+    return found

@@ -1,0 +1,331 @@
+"""What every rank runs for L3 and L4."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+from torch.utils._pytree import tree_map
+
+from conformance.adapters import Spec, find
+from conformance.adapters.oracle import make_hyper
+from conformance.launch import Rank
+from conformance.port.mesh_cases import RESUME_AFTER, SHAPES, STEPS, Layout, MeshCase
+from conformance.port.watchdog import watched
+from conformance.vectors import oracle, tolerance
+from conformance.vectors.plans import Plan
+from dion_ref import ALGORITHMS
+
+Values = dict[str, Tensor]
+"""By "<parameter>/update" or "<parameter>/<state key>"."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What the ranks are to do.
+
+    Attributes:
+        adapter: path, or the object itself.
+        cases: (case, compute dtype).
+        timeout: seconds a case.
+        folder: where checkpoints go; all ranks see it.
+    """
+
+    adapter: Any
+    cases: tuple[tuple[MeshCase, str], ...]
+    timeout: float
+    folder: str
+
+
+@dataclass(frozen=True)
+class Started:
+    """A rank begins a case."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class Hung:
+    """A rank is about to end itself."""
+
+    message: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A case is done; from rank 0.
+
+    Attributes:
+        index: in Work.cases.
+        errors: by quantity, the largest error over its parameters and what that parameter is allowed.
+        problem: what is wrong besides, such as ranks that disagree.
+        digest: SHA-256 of all results, to compare backends.
+        values: by quantity of each parameter, the whole tensor.
+    """
+
+    index: int
+    errors: Mapping[str, tuple[float, float | None]]
+    problem: str
+    digest: str
+    seconds: float
+    values: Mapping[str, Any]
+
+
+def program(rank: Rank, work: Work) -> None:
+    """Runs the cases in order; emits Started, and Finished on rank 0. What an adapter raises ends the rank."""
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)  # DTensor tells how a redistribution could be faster
+    shared = [work.folder]  # joined ranks have made one each
+    dist.broadcast_object_list(shared, src=0)
+    adapter = find(work.adapter) if isinstance(work.adapter, str) else work.adapter
+    for index, (case, dtype) in enumerate(work.cases):
+        rank.emit(Started(index))
+        began = time.perf_counter()
+        with watched(work.timeout, rank.index, lambda line: rank.emit(Hung(line))):
+            values = run_case(adapter, case, dtype, rank, shared[0])
+            digests: list[Any] = [None] * rank.count
+            dist.all_gather_object(digests, None if values is None else _digest(values))
+        if rank.index == 0:
+            assert values is not None
+            present = {one for one in digests if one is not None}
+            problem = "" if len(present) == 1 else "the ranks hold different values: " + _groups(digests)
+            errors = grade(case, dtype, values)
+            numbers = {name: value.double().cpu().numpy() for name, value in values.items()}
+            seconds = time.perf_counter() - began
+            rank.emit(Finished(index, errors, problem, _digest(values), seconds, numbers))
+
+
+def run_case(adapter: Any, case: MeshCase, dtype: str, rank: Rank, folder: str) -> Values | None:
+    """Whole weights' updates and states after the last step; None on ranks outside of the mesh."""
+    problems = _problems(case, dtype)
+    meshes = [build_mesh(one, rank.device.type) for one in (case.layout, case.resume) if one is not None]
+    groups = [_group_of(mesh, one) for mesh, one in zip(meshes, (case.layout, case.resume), strict=False)]
+    spec = _spec(case, dtype)
+    storage = torch.float64 if dtype == "float64" else torch.float32
+
+    def laid(tensor: Tensor, layout: Layout, mesh: DeviceMesh) -> Tensor:
+        return lay_out(tensor.to(storage).to(rank.device), layout, mesh)
+
+    def start(weights: Mapping[str, Tensor], layout: Layout, mesh: DeviceMesh) -> tuple[nn.Module, Any]:
+        model = _Model({name: nn.Parameter(laid(value, layout, mesh)) for name, value in weights.items()})
+        return model, adapter.build(list(model.named()), spec)
+
+    def steps(model: Any, optimizer: Any, which: range, layout: Layout, mesh: DeviceMesh) -> None:
+        for step in which:
+            for name, parameter in model.named():
+                parameter.grad = laid(problems[name].drawn["grads"][step], layout, mesh)
+            optimizer.step()
+
+    first = {name: problem.drawn["weight"] for name, problem in problems.items()}
+    model: Any = None
+    inside = meshes[0].get_coordinate() is not None
+    if inside:
+        model, optimizer = start(first, case.layout, meshes[0])
+    if case.resume is None:
+        if not inside:
+            return None
+        steps(model, optimizer, range(STEPS), case.layout, meshes[0])
+        return _collect(adapter, model, optimizer, first)
+    path, weights = str(Path(folder) / hashlib.sha256(f"{case.id}{dtype}".encode()).hexdigest()[:16]), None
+    if inside:
+        steps(model, optimizer, range(RESUME_AFTER), case.layout, meshes[0])
+        weights = {name: _whole(parameter) for name, parameter in model.named()}
+        saved = get_optimizer_state_dict(model, optimizer)
+        state_dict_saver.save({"optimizer": saved}, checkpoint_id=path, process_group=groups[0])
+    kept: list[Any] = [
+        {name: w.cpu() for name, w in weights.items()} if weights and rank.index == 0 else None
+    ]
+    dist.broadcast_object_list(kept, src=0)
+    dist.barrier()
+    if meshes[1].get_coordinate() is None:
+        return None
+    model, optimizer = start(kept[0], case.resume, meshes[1])
+    wanted = {"optimizer": get_optimizer_state_dict(model, optimizer)}
+    # Copies: loaded in place, the state would come back whatever the port's load_state_dict does with it.
+    wanted = tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, wanted)
+    state_dict_loader.load(wanted, checkpoint_id=path, process_group=groups[1])
+    set_optimizer_state_dict(model, optimizer, wanted["optimizer"])
+    steps(model, optimizer, range(RESUME_AFTER, STEPS), case.resume, meshes[1])
+    return _collect(adapter, model, optimizer, first)
+
+
+class _Model(nn.Module):
+    """Parameters with dotted names."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        super().__init__()
+        for name, parameter in parameters.items():
+            self.register_parameter(name, parameter)
+
+    def named(self) -> list[tuple[str, nn.Parameter]]:
+        return list(self.named_parameters())
+
+
+def _collect(adapter: Any, model: Any, optimizer: Any, first: Mapping[str, Tensor]) -> Values:
+    values: Values = {}
+    for name, parameter in model.named():
+        whole = _whole(parameter)
+        values[f"{name}/update"] = whole.double() - first[name].to(whole.dtype).to(whole.device).double()
+        for key, own in getattr(adapter, "state_keys", {}).items():
+            state = optimizer.state[parameter].get(own)
+            if key != "step" and isinstance(state, DTensor):
+                values[f"{name}/{key}"] = _whole(state)
+    return values
+
+
+def _whole(tensor: Tensor) -> Tensor:
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+def _digest(values: Values) -> str:
+    total = hashlib.sha256()
+    for name in sorted(values):
+        total.update(name.encode() + values[name].double().cpu().contiguous().numpy().tobytes())
+    return total.hexdigest()
+
+
+def _groups(digests: Sequence[str | None]) -> str:
+    """Which ranks agree with each other."""
+    classes: dict[str, list[int]] = {}
+    for rank, digest in enumerate(digests):
+        if digest is not None:
+            classes.setdefault(digest, []).append(rank)
+    return " against ".join("ranks " + ",".join(map(str, ranks)) for ranks in classes.values())
+
+
+def build_mesh(layout: Layout, device: str) -> DeviceMesh:
+    """The mesh of a layout on the first ranks, made once a process group."""
+    return _build_mesh(layout.mesh, layout.axes, device, dist.group.WORLD)
+
+
+@functools.cache
+def _build_mesh(sizes: tuple[int, ...], axes: tuple[str, ...], device: str, world: object) -> DeviceMesh:
+    return init_device_mesh(device, sizes, mesh_dim_names=axes)
+
+
+def _group_of(mesh: DeviceMesh, layout: Layout | None) -> Any:
+    """The process group of the mesh's ranks."""
+    assert layout is not None
+    return _group(layout.ranks, dist.group.WORLD)
+
+
+@functools.cache
+def _group(ranks: int, world: object) -> Any:
+    return dist.new_group(list(range(ranks)))
+
+
+def placements(layout: Layout) -> list[Placement]:
+    """One an axis."""
+    made: list[Placement] = []
+    for axis, code in enumerate(layout.codes):
+        if code == "R":
+            made.append(Replicate())
+        elif code[0] == "S":
+            made.append(Shard(int(code[1])))
+        else:
+            made.append(_StridedShard(int(code[1]), split_factor=layout.mesh[axis + 1]))
+    return made
+
+
+def lay_out(tensor: Tensor, layout: Layout, mesh: DeviceMesh) -> DTensor:
+    """A DTensor of the layout with the value of `tensor`, sharing no memory with it."""
+    laid = DTensor.from_local(tensor.clone(), mesh, run_check=False).redistribute(
+        placements=placements(layout)
+    )
+    stride = torch.empty(tensor.shape, device="meta").stride()
+    local = laid.to_local().clone().contiguous()
+    return DTensor.from_local(
+        local, mesh, laid.placements, run_check=False, shape=tensor.shape, stride=stride
+    )
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """One parameter: its plan and inputs."""
+
+    plan: Plan
+    drawn: Mapping[str, Tensor]
+
+
+def _name(index: int) -> str:
+    return f"blocks_{index}_weight"
+
+
+def _spec(case: MeshCase, dtype: str) -> Spec:
+    storage = "float64" if dtype == "float64" else "float32"
+    return Spec(_name(0), (), storage, dtype, case.algorithm, case.dialect, None, case.hyper, {}, {})
+
+
+def _problems(case: MeshCase, dtype: str) -> dict[str, _Problem]:
+    return _cached_problems(case.algorithm, case.dialect, make_hyper(case.algorithm, case.hyper))
+
+
+@functools.cache
+def _cached_problems(algorithm: str, dialect: str, hyper: Any) -> dict[str, _Problem]:
+    found = {}
+    for index, shape in enumerate(SHAPES):
+        plan = Plan("L2", algorithm, dialect, f"mesh-{index}", shape, hyper, "", (), steps=STEPS)
+        drawn = oracle.draw(plan)
+        for key in ("weight", "grads"):  # parameters of one shape get values of their own
+            drawn[key] = drawn[key] * (1 + index / 4)
+        if index == 1:
+            drawn["grads"][:, -4:] = 0  # at the end of the rows, so that a rank has nothing but zeros
+        weight = drawn["weight"]
+        initial = oracle.canonical(ALGORITHMS[algorithm].init(weight, hyper, name=_name(index)), plan)
+        drawn |= {f"state/{key}": value for key, value in initial.items()}
+        found[_name(index)] = _Problem(plan, drawn)
+    return found
+
+
+@functools.cache
+def _expected(algorithm: str, dialect: str, hyper: Any) -> dict[str, tuple[Values, dict[str, Any]]]:
+    """By parameter: what the oracle gives, and the tolerances by dtype and quantity."""
+    found = {}
+    for name, problem in _cached_problems(algorithm, dialect, hyper).items():
+        each = oracle.run(problem.plan, problem.drawn)
+        allowed = tolerance.tolerances(problem.plan, problem.drawn, each)
+        each["update"] = each["update"].sum(0, keepdim=True)
+        found[name] = each, allowed
+    return found
+
+
+def grade(case: MeshCase, dtype: str, values: Values) -> dict[str, tuple[float, float | None]]:
+    """By quantity, error and tolerance of the parameter that uses most of its tolerance."""
+    worst: dict[str, tuple[float, float | None]] = {}
+    reference = _expected(case.algorithm, case.dialect, make_hyper(case.algorithm, case.hyper))
+    for name, value in values.items():
+        parameter, _, key = name.partition("/")
+        quantity = key if key == "update" else f"state/{key}"
+        expected, allowed = reference[parameter]
+        found = value.double().cpu()
+        found = found.unsqueeze(0) if key == "update" else found
+        pair = (tolerance.error(quantity, found, expected[quantity]), allowed[dtype][quantity])
+        if quantity not in worst or _share(pair) > _share(worst[quantity]):
+            worst[quantity] = pair
+    return worst
+
+
+def _share(pair: tuple[float, float | None]) -> float:
+    return pair[0] / pair[1] if pair[1] else 0.0
+
+
+def checkpoint_folder() -> str:
+    """A fresh folder for checkpoints, for the process that starts the ranks to remove."""
+    return tempfile.mkdtemp(prefix="conformance-checkpoint-")

@@ -1,0 +1,180 @@
+"""L3 and L4 from the outside: starts ranks, takes their results, and starts anew after a rank failed."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+from conformance import launch
+from conformance.adapters import Adapter, Capabilities
+from conformance.port.grading import ERROR, FAIL, PASS, SKIP, UNCLAIMED, UNDECIDED, Verdict
+from conformance.port.mesh_cases import MeshCase, claimed_hypers, mesh_cases
+from conformance.port.mesh_program import Finished, Hung, Started, Work, checkpoint_folder, program
+from conformance.port.runner import Selection
+from conformance.port.selection import reason
+from conformance.vectors import VectorSet
+
+Job = tuple[MeshCase, str]
+
+
+@dataclass
+class Log:
+    """What the ranks of one start have said.
+
+    Attributes:
+        started: by rank, the last case that it began.
+        finished: by index.
+        hung: the line of a rank that ended itself.
+    """
+
+    started: dict[int, int] = field(default_factory=dict)
+    finished: dict[int, Finished] = field(default_factory=dict)
+    hung: str = ""
+
+    def __call__(self, rank: int, event: object) -> None:
+        """Takes an event."""
+        if isinstance(event, Started):
+            self.started[rank] = event.index
+        elif isinstance(event, Hung):
+            self.hung = self.hung or event.message
+        elif isinstance(event, Finished):
+            self.finished[event.index] = event
+
+
+def run_meshes(
+    adapter: str | Adapter,
+    port: Capabilities,
+    vectors: VectorSet,
+    selection: Selection,
+    *,
+    ranks: int,
+    device: str = "cpu",
+    timeout: float = 60.0,
+    on_verdict: Callable[[Verdict], None] = lambda _: None,
+    keep: Callable[[Job, Finished], None] = lambda _, __: None,
+) -> list[Verdict]:
+    """The verdicts on every selected case of L3 and L4.
+
+    Args:
+        adapter: its path or, if it can be pickled, the object; it needs `build`.
+        port: what it claims.
+        vectors: for the hyperparameters.
+        selection: levels, dtypes, patterns, known failures.
+        ranks: local processes (those of another launcher are taken).
+        device: "cpu" (gloo) or "cuda" (NCCL).
+        timeout: seconds a case, and a collective.
+        on_verdict: called with each.
+        keep: called with each job and its results, to compare backends.
+    """
+    verdicts: list[Verdict] = []
+    todo: list[Job] = []
+    for case in mesh_cases(claimed_hypers(port, vectors), selection.levels):
+        for dtype in selection.dtypes or port.dtypes:
+            if not selection.wants(case.id, case.level, dtype):
+                continue
+            known = _known(case, dtype, port, selection, ranks)
+            if known is not None:
+                verdicts.append(known)
+                on_verdict(known)
+            else:
+                todo.append((case, dtype))
+    folder = checkpoint_folder()
+    try:
+        while todo:
+            log = Log()
+            failure = _start(adapter, todo, log, ranks, device, timeout, folder)
+            for index, finished in sorted(log.finished.items()):
+                verdict = selection.judged(graded(todo[index], finished))
+                verdicts.append(verdict)
+                keep(todo[index], finished)
+                on_verdict(verdict)
+            done = set(log.finished)
+            if failure is not None:
+                blamed = log.started.get(failure.rank, max(log.started.values(), default=0))
+                blamed = blamed if blamed not in done else min(set(range(len(todo))) - done, default=blamed)
+                message = f"{failure}; {log.hung}" if log.hung else str(failure)
+                verdict = selection.judged(
+                    replace(_blank(todo[blamed], ERROR, message), details=failure.details)
+                )
+                verdicts.append(verdict)
+                on_verdict(verdict)
+                done.add(blamed)
+            # Without a failure all is done, though joined ranks but the first hear nothing of it. After one, the other
+            # joined ranks are gone, and only their launcher can start them again.
+            if failure is None or launch.joined():
+                break
+            todo = [job for index, job in enumerate(todo) if index not in done]
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    return verdicts
+
+
+def _start(
+    adapter: str | Adapter,
+    todo: Sequence[Job],
+    log: Log,
+    ranks: int,
+    device: str,
+    timeout: float,
+    folder: str,
+) -> launch.RankFailedError | None:
+    work = Work(adapter, tuple(todo), timeout, folder)
+    try:
+        launch.run(
+            program,
+            work,
+            ranks=ranks,
+            device=device,
+            on_event=log,
+            timeout=timeout + 30,  # the watchdog, which can say more, comes first
+            preload=["conformance.port.mesh_program"],
+        )
+    except launch.RankFailedError as failure:
+        return failure
+    except (RuntimeError, OSError) as error:  # torch's network errors are RuntimeErrors
+        raise OSError(f"the ranks cannot be started: {launch.one_line(error, 300)}") from error
+    return None
+
+
+def _known(
+    case: MeshCase, dtype: str, port: Capabilities, selection: Selection, ranks: int
+) -> Verdict | None:
+    """The verdict that needs no run."""
+    if case.level not in port.levels or dtype not in port.dtypes:
+        return _blank(
+            (case, dtype),
+            UNCLAIMED,
+            f"level {case.level}" if case.level not in port.levels else f"dtype {dtype}",
+        )
+    if (why := reason(selection.skip, case.id, dtype)) is not None:
+        return _blank((case, dtype), SKIP, why)
+    if case.ranks > ranks:
+        return _blank((case, dtype), SKIP, f"needs {case.ranks} ranks; run it with --nproc {case.ranks}")
+    return None
+
+
+def _blank(job: Job, status: str, message: str = "") -> Verdict:
+    case, dtype = job
+    layout = str(case.layout) + (f" to {case.resume}" if case.resume else "")
+    return Verdict(
+        case.id, case.level, case.algorithm, case.dialect, dtype, status, layout=layout, message=message
+    )
+
+
+def graded(job: Job, finished: Finished) -> Verdict:
+    """The verdict on what the ranks found."""
+    verdict = replace(_blank(job, PASS), errors=finished.errors, seconds=finished.seconds)
+    wrong = [
+        f"{name.removeprefix('state/')} is off by {error:.2g}, allowed {allowed:.2g}"
+        for name, (error, allowed) in finished.errors.items()
+        if allowed is not None and not (math.isfinite(error) and error <= allowed)
+    ]
+    if finished.problem:
+        wrong.insert(0, finished.problem)
+    if wrong:
+        return verdict.with_status(FAIL, "; ".join(wrong))
+    if finished.errors.get("update", (0.0, None))[1] is None:
+        return verdict.with_status(UNDECIDED, "this dtype decides nothing here")
+    return verdict

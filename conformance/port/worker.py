@@ -1,0 +1,112 @@
+"""A process of its own for the adapter, so that one that hangs or dies takes only its case with it."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import socket
+import subprocess
+import sys
+from multiprocessing.connection import Connection
+from typing import Any
+
+from conformance.port.execute import Outcome, execute
+from conformance.vectors import Case
+
+START_SECONDS = 180.0
+
+
+class Worker:
+    """Runs cases in another process, one at a time, and starts it anew when it is lost.
+
+    Args:
+        adapter: "package.module:object" or a registered name.
+        timeout: seconds that a case may take.
+    """
+
+    def __init__(self, adapter: str, timeout: float) -> None:
+        self.adapter, self.timeout = adapter, timeout
+        self._process: subprocess.Popen[bytes] | None = None
+        self._channel: Connection | None = None
+
+    def run(self, case: Case, dtype: str) -> Outcome:
+        """The outcome of a case; a process that hangs or dies is an outcome too."""
+        if self._process is None and (problem := self._start()) is not None:
+            return problem
+        assert self._channel is not None
+        try:
+            self._channel.send_bytes(pickle.dumps((case, dtype)))
+            if not self._channel.poll(self.timeout):
+                self.close()
+                return Outcome(
+                    raised=f"TimeoutError: no answer within {self.timeout:g} s", phase="the adapter"
+                )
+            outcome: Outcome = pickle.loads(self._channel.recv_bytes())
+            return outcome
+        except (EOFError, OSError):
+            return Outcome(raised=self._ending(), phase="the adapter")
+
+    def _start(self) -> Outcome | None:
+        ours, theirs = socket.socketpair()
+        code = "from conformance.port.worker import serve; serve()"
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        environment.setdefault("OMP_NUM_THREADS", "1")
+        command = [sys.executable, "-c", code, str(theirs.fileno()), self.adapter]
+        printed = sys.stderr.fileno() if _real(sys.stderr) else None  # what the adapter prints is no result
+        self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdout=printed)
+        theirs.close()
+        self._channel = Connection(ours.detach())
+        try:
+            if self._channel.poll(START_SECONDS):
+                self._channel.recv_bytes()
+                return None
+        except (EOFError, OSError):
+            return Outcome(raised=self._ending(), phase="importing the adapter")
+        self.close()
+        return Outcome(
+            raised=f"TimeoutError: not imported in {START_SECONDS:g} s", phase="importing the adapter"
+        )
+
+    def _ending(self) -> str:
+        """How the process ended, in words."""
+        assert self._process is not None
+        try:
+            code = self._process.wait(5)
+        except subprocess.TimeoutExpired:
+            code = None
+        self.close()
+        if code is not None and code < 0:
+            return f"ProcessDied: killed by {signal.Signals(-code).name}"
+        return f"ProcessDied: ended with exit code {code}"
+
+    def close(self) -> None:
+        """Ends the process."""
+        if self._channel is not None:
+            self._channel.close()
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+        self._process = self._channel = None
+
+
+def _real(stream: Any) -> bool:
+    try:
+        return bool(stream.fileno() >= 0)
+    except (OSError, ValueError, AttributeError):
+        return False
+
+
+def serve() -> None:
+    """Body of the process: `argv` holds a file descriptor and the adapter's path."""
+    from conformance.adapters import find
+
+    channel = Connection(int(sys.argv[1]))
+    adapter = find(sys.argv[2])
+    channel.send_bytes(pickle.dumps("ready"))
+    while True:
+        try:
+            case, dtype = pickle.loads(channel.recv_bytes())
+        except (EOFError, OSError):
+            return
+        channel.send_bytes(pickle.dumps(execute(adapter, case, dtype)))

@@ -1,0 +1,184 @@
+"""Reads the vectors with numpy and the standard library alone: no torch, no jax."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from conformance.vectors.tensors import VectorError, from_bytes
+
+SCHEMA = 1
+"""The newest schema version that this loader understands."""
+FOLDER = Path(__file__).parent / "data"
+"""The shipped set."""
+STORAGE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}
+"""By compute dtype: the dtype of weights, gradients and states."""
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Case:
+    """One vector. Everything that a port has to know is in it; nothing is left to a default.
+
+    Attributes:
+        id: stable, e.g. "L1/muon/keller/13x10-warm"; never reused and never edited once published.
+        level: "L0" (orthonormalizer), "L1" (one step) or "L2" (ten chained steps).
+        algorithm: a key of the oracle's ALGORITHMS, or "orthonormalize" at L0.
+        dialect: name of the convention; a preset's name where it is one.
+        comment: what the case is there for.
+        flags: kinds of bugs that it shows; VectorSet.flags has a note on each.
+        since: version of the set in which it appeared.
+        deprecated: why it should not be used any more, or None.
+        requires: features that a port has to claim beyond algorithm, dialect and level.
+        shape: of the parameter.
+        split: how the parameter is cut into logical matrices, or None.
+        hyper: all hyperparameters; a polynomial by its coefficients (or "exact").
+        derived: what follows from them for each logical matrix: scale_factor, rank, count.
+        schedule: by hyperparameter that changes, its value at each step.
+        steps: number of steps.
+        result: "valid" (expected holds) or "error" (the step has to be refused).
+        tolerance: by compute dtype and quantity; None where that dtype decides nothing.
+        inputs: "weight", "grads" ``[steps, *shape]`` and "state/<key>"; float64, exact in float32 too
+            wherever float32 has a tolerance.
+        expected: "update" ``[steps, *shape]`` (new weight minus old, by step) and "state/<key>" after the last step.
+        acceptable: other results that are no bug: note and update.
+    """
+
+    id: str
+    level: str
+    algorithm: str
+    dialect: str
+    comment: str
+    flags: tuple[str, ...]
+    since: str
+    deprecated: str | None
+    requires: tuple[str, ...]
+    shape: tuple[int, ...]
+    split: Mapping[str, Any] | None
+    hyper: Mapping[str, Any]
+    derived: Mapping[str, Any]
+    schedule: Mapping[str, list[float]]
+    steps: int
+    result: str
+    tolerance: Mapping[str, Mapping[str, float] | None]
+    inputs: Mapping[str, Array]
+    expected: Mapping[str, Array]
+    acceptable: tuple[tuple[str, Array], ...] = ()
+
+    def hyper_at(self, step: int) -> dict[str, Any]:
+        """The hyperparameters of a step, counted from 0."""
+        return {**self.hyper, **{name: values[step] for name, values in self.schedule.items()}}
+
+    def cast(self, compute_dtype: str) -> dict[str, Array]:
+        """The inputs in the storage dtype that goes with a compute dtype, as fresh arrays."""
+        storage = np.dtype(STORAGE[compute_dtype])
+        return {name: np.array(value, dtype=storage) for name, value in self.inputs.items()}
+
+
+@dataclass(frozen=True, eq=False)
+class VectorSet:
+    """All cases of a folder, by id, in order.
+
+    Attributes:
+        version: calendar version of the set.
+        cases: by id.
+        flags: note on every flag.
+        derivation: how tolerances were derived.
+    """
+
+    version: str
+    cases: Mapping[str, Case]
+    flags: Mapping[str, str]
+    derivation: str
+    folder: Path = field(default=FOLDER)
+
+    def __iter__(self) -> Iterator[Case]:
+        return iter(self.cases.values())
+
+    def __len__(self) -> int:
+        return len(self.cases)
+
+    def __getitem__(self, case: str) -> Case:
+        return self.cases[case]
+
+
+def load(folder: Path | str = FOLDER) -> VectorSet:
+    """Reads a set of vectors and checks every file against the index.
+
+    Args:
+        folder: where index.json lies; the shipped set by default.
+
+    Raises:
+        VectorError: a missing, renamed, truncated or changed file, or a schema newer than this loader.
+    """
+    folder = Path(folder)
+    index = _json(_read(folder / "index.json"), folder / "index.json")
+    schema = index.get("schema") if isinstance(index, dict) else None
+    if not isinstance(schema, int):
+        raise VectorError(
+            f"{folder / 'index.json'} has no integer schema version; is it an index of vectors?"
+        )
+    if schema > SCHEMA:
+        raise VectorError(
+            f"{folder / 'index.json'} has schema {schema}, this loader reads up to {SCHEMA}; "
+            "install a newer dion-conformance"
+        )
+    content: dict[str, bytes] = {}
+    for name, digest in index["files"].items():
+        content[name] = _read(folder / name)
+        if hashlib.sha256(content[name]).hexdigest() != digest:
+            raise VectorError(f"{folder / name} is not the file that index.json lists: its SHA-256 differs")
+    cases: dict[str, Case] = {}
+    for name in (name for name in index["files"] if name.endswith(".json")):
+        arrays = from_bytes(content[name.removesuffix(".json") + ".safetensors"], name)
+        for entry in _json(content[name], folder / name)["cases"]:
+            case = _case(entry, arrays, folder / name)
+            if case.id in cases:
+                raise VectorError(f"{folder / name} has {case.id}, which another file has already")
+            cases[case.id] = case
+    return VectorSet(index["version"], cases, index["flags"], index["derivation"], folder)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise VectorError(f"{path} cannot be read ({error.strerror}); install the package again") from error
+
+
+def _json(content: bytes, path: Path) -> Any:
+    try:
+        return json.loads(content)
+    except ValueError as error:
+        raise VectorError(f"{path} is no JSON: {error}") from error
+
+
+def _case(entry: Mapping[str, Any], arrays: Mapping[str, Array], path: Path) -> Case:
+    try:
+        plain = {name: entry[name] for name in PLAIN}
+        return Case(
+            **plain,
+            flags=tuple(entry["flags"]),
+            requires=tuple(entry["requires"]),
+            shape=tuple(entry["shape"]),
+            inputs={name: arrays[key] for name, key in entry["inputs"].items()},
+            expected={name: arrays[key] for name, key in entry["expected"].items()},
+            acceptable=tuple((other["note"], arrays[other["update"]]) for other in entry["acceptable"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise VectorError(f"{path} has a case without {error} ({entry.get('id', 'no id')})") from error
+
+
+PLAIN = (
+    *("id", "level", "algorithm", "dialect", "comment", "since", "deprecated", "split", "hyper", "derived"),
+    *("schedule", "steps", "result", "tolerance"),
+)
+"""Fields of a case that JSON holds as they are."""

@@ -1,0 +1,244 @@
+"""Makes the files of the set from the oracle, the same bytes on every machine."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from conformance.vectors import oracle
+from conformance.vectors.arithmetic import FixedOrder
+from conformance.vectors.loader import SCHEMA
+from conformance.vectors.plans import DIALECTS, FLAGS, VERSION, Plan, plans
+from conformance.vectors.tensors import VectorError, to_bytes
+from conformance.vectors.tolerance import DERIVATION, tolerances
+
+SUITE_LIMIT = 1e-2
+"""A case whose float32 tolerance is larger is no good test: making it fails."""
+GAP = 2.0**-7
+"""Norms of a selection are further apart than this: a port may rank them in bfloat16."""
+ATTEMPTS = 200
+NAN_NOTE = "The NaN stays visible in the weight: nothing was hidden, though nothing was said."
+TIES_NOTE = "Another of the equal slices was chosen; without a rule for ties the choice depends on the sort."
+
+
+class Arrays:
+    """Tensors of a file by name; equal contents are kept once."""
+
+    def __init__(self) -> None:
+        self.by_name: dict[str, Any] = {}
+        self._names: dict[str, str] = {}
+
+    def add(self, name: str, tensor: Tensor) -> str:
+        """Keeps a tensor; returns the name under which it is kept."""
+        array = tensor.detach().contiguous().numpy().astype("<f8")
+        digest = hashlib.sha256(repr(array.shape).encode() + array.tobytes()).hexdigest()
+        if digest not in self._names:
+            self._names[digest] = name
+            self.by_name[name] = array
+        return self._names[digest]
+
+
+def make_case(plan: Plan, arrays: Arrays) -> dict[str, Any]:
+    """The JSON of one case; its numbers go to `arrays`.
+
+    Raises:
+        ValueError: the case would not separate right from wrong (its inputs lie at a decision's edge).
+    """
+    drawn = _clear_inputs(plan)
+    valid = plan.gradient != "nan"
+    acceptable: list[tuple[str, Tensor]] = []
+    expected: dict[str, Tensor] = {}
+    tolerance: dict[str, dict[str, float | None]] = {name: {} for name in ("float64", "float32", "bfloat16")}
+    with FixedOrder():  # type: ignore[no-untyped-call]
+        if valid:
+            expected = oracle.run(plan, drawn)
+            tolerance = tolerances(plan, drawn, expected)
+            if plan.gradient == "tied":
+                acceptable.append((TIES_NOTE, _reversed_ties(plan, drawn)))
+        else:
+            acceptable.append((NAN_NOTE, torch.full((1, *plan.shape), torch.nan, dtype=torch.float64)))
+    limit = tolerance["float32"].get("update", 0.0)
+    if plan.gradient != "nearly-low-rank" and (limit is None or limit > SUITE_LIMIT):
+        raise ValueError(f"{plan.id}: a float32 tolerance of {limit} tests nothing; choose other inputs")
+    return {
+        "id": plan.id,
+        "level": plan.level,
+        "algorithm": plan.algorithm,
+        "dialect": plan.dialect,
+        "comment": plan.comment,
+        "flags": list(plan.flags),
+        "since": plan.since,
+        "deprecated": None,
+        "requires": _requires(plan, drawn),
+        "shape": list(plan.shape),
+        "split": oracle.split_as_data(plan.split),
+        "hyper": oracle.hyper_as_data(plan),
+        "derived": oracle.derived(plan),
+        "schedule": {name: list(values) for name, values in plan.schedule.items()},
+        "steps": plan.steps,
+        "result": "valid" if valid else "error",
+        "tolerance": tolerance,
+        "inputs": {name: arrays.add(f"{plan.id}/{name}", value) for name, value in drawn.items()},
+        "expected": {
+            name: arrays.add(f"{plan.id}/expected/{name}", value) for name, value in expected.items()
+        },
+        "acceptable": [
+            {"note": note, "update": arrays.add(f"{plan.id}/acceptable/{index}", value)}
+            for index, (note, value) in enumerate(acceptable)
+        ],
+    }
+
+
+def _requires(plan: Plan, drawn: Mapping[str, Tensor]) -> list[str]:
+    found = []
+    if plan.warm or any(key.startswith("state/Q") for key in drawn):
+        found.append("state")
+    if plan.split is not None:
+        found.append(f"split:{type(plan.split).__name__}")
+    if getattr(plan.hyper, "cautious", False):
+        found.append("cautious")
+    found += [f"schedule:{name}" for name in plan.schedule]
+    return found
+
+
+def _clear_inputs(plan: Plan) -> dict[str, Tensor]:
+    """The first inputs on which no decision hangs on rounding: no near ties of a selection, no signs of nearly nothing.
+
+    Raises:
+        ValueError: none was found.
+    """
+    for attempt in range(ATTEMPTS):
+        drawn = oracle.draw(plan, attempt)
+        with FixedOrder():  # type: ignore[no-untyped-call]
+            if _is_clear(plan, drawn):
+                return drawn
+    raise ValueError(f"{plan.id}: a decision hangs on rounding in {ATTEMPTS} draws; choose other shapes")
+
+
+def _is_clear(plan: Plan, drawn: Mapping[str, Tensor]) -> bool:
+    if plan.gradient == "nan":
+        return True
+    if plan.gradient == "tied":
+        return oracle.least_gap(plan, drawn) == 0
+    if plan.algorithm == "lion":
+        b1, b2 = plan.hyper.betas
+        average = drawn["state/exp_avg"]
+        for grad in drawn["grads"]:
+            mixed = (b1 * average + (1 - b1) * grad).abs()
+            size = (b1 * average).abs() + (1 - b1) * grad.abs()
+            if bool(((mixed < 1e-5 * size) & (size > 0)).any()):
+                return False
+            average = b2 * average + (1 - b2) * grad
+    return plan.algorithm not in ("dion2", "dion3") or oracle.least_gap(plan, drawn) > GAP
+
+
+def _reversed_ties(plan: Plan, drawn: Mapping[str, Tensor]) -> Tensor:
+    """The update with ties to the highest index: the oracle on reversed rows and columns, reversed back."""
+    turned = {
+        name: value.flip(-2, -1) if value.ndim >= 2 and name != "state/variance" else value
+        for name, value in drawn.items()
+    }
+    if "state/variance" in drawn:
+        turned["state/variance"] = drawn["state/variance"].flip(-2)
+    return oracle.run(plan, turned)["update"].flip(-2, -1)
+
+
+def make(
+    folder: Path, chosen: Iterable[Plan] | None = None, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, str]:
+    """Writes the set to `folder`, whole or not at all; returns the SHA-256 of each file.
+
+    Args:
+        folder: replaced if it holds a set (its index.json), refused if it holds anything else.
+        chosen: the plans; all of them by default.
+        progress: called with each id.
+
+    Raises:
+        VectorError: a case of an older, published version would change or vanish.
+        FileExistsError: `folder` holds something else.
+    """
+    folder = folder.absolute()
+    if folder.exists() and any(folder.iterdir()) and not (folder / "index.json").is_file():
+        raise FileExistsError(f"{folder} holds no index.json; choose an empty folder")
+    contents = contents_of(list(plans() if chosen is None else chosen), progress)
+    if (folder / "index.json").is_file():
+        _check_published(json.loads((folder / "index.json").read_bytes()), json.loads(contents["index.json"]))
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    try:
+        for name, content in contents.items():
+            (temporary / name).write_bytes(content)
+        temporary.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        os.replace(temporary, folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def contents_of(chosen: list[Plan], progress: Callable[[str], None] = lambda _: None) -> dict[str, bytes]:
+    """The bytes of every file by name: two a algorithm, and index.json."""
+    ids = [plan.id for plan in chosen]
+    if len(set(ids)) != len(ids):
+        raise VectorError(f"two cases have one id: {sorted(one for one in set(ids) if ids.count(one) > 1)}")
+    contents: dict[str, bytes] = {}
+    digests: dict[str, dict[str, str]] = {}
+    for algorithm in dict.fromkeys(plan.algorithm for plan in chosen):
+        arrays, cases = Arrays(), []
+        for plan in (plan for plan in chosen if plan.algorithm == algorithm):
+            progress(plan.id)
+            cases.append(make_case(plan, arrays))
+            digests[plan.id] = {"since": plan.since, "sha256": _digest(cases[-1], arrays.by_name)}
+        lines = ",\n".join(json.dumps(case, allow_nan=False) for case in cases)
+        contents[f"{algorithm}.json"] = f'{{"schema": {SCHEMA}, "cases": [\n{lines}\n]}}\n'.encode()
+        contents[f"{algorithm}.safetensors"] = to_bytes(arrays.by_name)
+    index = {
+        "schema": SCHEMA,
+        "version": VERSION,
+        "derivation": DERIVATION,
+        "flags": dict(FLAGS),
+        "dialects": {name: one.source for name, one in DIALECTS.items()},
+        "files": {name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())},
+        "published": digests,
+    }
+    contents["index.json"] = (json.dumps(index, indent=1, allow_nan=False) + "\n").encode()
+    return contents
+
+
+def _digest(case: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
+    """SHA-256 of all that a case says and of its numbers, wherever these are kept; deprecation is no change."""
+    said = {name: value for name, value in case.items() if name != "deprecated"}
+    total = hashlib.sha256()
+    for part in ("inputs", "expected"):
+        said[part] = sorted(case[part])
+        for name in sorted(case[part]):
+            total.update(np.ascontiguousarray(arrays[case[part][name]]).tobytes())
+    said["acceptable"] = [other["note"] for other in case["acceptable"]]
+    for other in case["acceptable"]:
+        total.update(np.ascontiguousarray(arrays[other["update"]]).tobytes())
+    total.update(json.dumps(said, sort_keys=True).encode())
+    return total.hexdigest()
+
+
+def _check_published(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
+    """A case that an older version of the set has is there, unchanged."""
+    for case, entry in old.get("published", {}).items():
+        if entry["since"] == VERSION:
+            continue
+        now = new["published"].get(case)
+        if now is None:
+            raise VectorError(f"{case} was published in {entry['since']}; deprecate it, don't delete it")
+        if now["sha256"] != entry["sha256"]:
+            raise VectorError(f"{case} was published in {entry['since']}; add a case with a new id instead")

@@ -1,0 +1,135 @@
+"""Ports to try the suite on: right, idle, and misbehaving in every way."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from conformance.adapters import Arrays, Capabilities, Spec
+from conformance.adapters.oracle import OracleAdapter
+from conformance.mutants.gathering import Gathering, GatheringAdapter
+
+
+class Idle(OracleAdapter):
+    """Does nothing at all."""
+
+    def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
+        return params, state
+
+    def orthonormalize(self, matrix: Any, hyper: Any, compute_dtype: str) -> Any:
+        return matrix
+
+
+class Broken(OracleAdapter):
+    """Right but for four cases."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), name=f"broken: {self.how}")
+
+    def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
+        spec: Spec = state[0]
+        good, state = super().step(params, grads, state, hyper)
+        if spec.shape != (7, 1):
+            return good, state
+        weight = np.asarray(good[spec.name])
+        if self.how == "raises":
+            raise ArithmeticError("seven\nby one")
+        if self.how == "hangs":
+            time.sleep(3600)
+        if self.how == "dies":
+            os.abort()
+        if self.how == "leaves":
+            os._exit(5)
+        bad: dict[str, Any] = {
+            "wrong shape": {spec.name: weight.T},
+            "nan": {spec.name: weight * np.nan},
+            "wrong dtype": {spec.name: weight.astype(np.float16)},
+            "wrong name": {"other": weight},
+            "no array": {spec.name: "weight"},
+        }
+        return bad[self.how], state
+
+
+class Mislabelled(OracleAdapter):
+    """Claims torch's convention, and follows Moonlight's."""
+
+    def capabilities(self) -> Capabilities:
+        return replace(
+            super().capabilities(), name="mislabelled", algorithms={"muon": ("torch",)}, levels=("L1", "L2")
+        )
+
+    def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
+        changed = {"momentum": "sum", "scale": "moonlight", "epsilon_rule": "add"}
+        return super().step(params, grads, state, {**hyper, **changed})
+
+
+class RaisesOnRanks(GatheringAdapter):
+    """Raises on one rank of four, in the second step."""
+
+    def build(self, params: Any, spec: Spec) -> Any:
+        return _Raising(params, spec)
+
+
+class HangsOnRanks(GatheringAdapter):
+    """One rank of four does not come to the collective."""
+
+    def build(self, params: Any, spec: Spec) -> Any:
+        return _Hanging(params, spec)
+
+
+class _Counting(Gathering):
+    taken = 0
+
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        import torch.distributed as dist
+
+        self.taken += 1
+        if dist.get_rank() == 2 and self.taken == 2:
+            self.misbehave()
+        super().step()
+
+    def misbehave(self) -> None:
+        raise NotImplementedError
+
+
+class _Raising(_Counting):
+    def misbehave(self) -> None:
+        raise ArithmeticError("on rank two alone")
+
+
+class _Hanging(_Counting):
+    def misbehave(self) -> None:
+        time.sleep(3600)
+
+
+perfect = OracleAdapter()
+idle = Idle()
+mislabelled = Mislabelled()
+raises = Broken("raises")
+hangs = Broken("hangs")
+dies = Broken("dies")
+leaves = Broken("leaves")
+wrong_shape = Broken("wrong shape")
+nan = Broken("nan")
+wrong_dtype = Broken("wrong dtype")
+wrong_name = Broken("wrong name")
+no_array = Broken("no array")
+raises_on_ranks = RaisesOnRanks()
+hangs_on_ranks = HangsOnRanks()
+no_adapter = object()
+
+
+class BadClaims(OracleAdapter):
+    def capabilities(self) -> Any:
+        return {"muon": True}
+
+
+bad_claims = BadClaims()

@@ -1,0 +1,172 @@
+"""The command: files, exit status, and what it says when it cannot start."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+from typer.testing import CliRunner
+
+from conformance.cli import app
+
+ROOT = Path(__file__).parent.parent.parent
+CASES = ["--case", "L1/muon/dion/7x1-warm", "--case", "L1/muon/dion/8x8-warm", "--dtype", "float64"]
+
+
+@pytest.fixture(autouse=True)
+def _here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_files_and_the_command_that_runs_a_failure_again(tmp_path: Path) -> None:
+    files = {name: tmp_path / f"out.{name}" for name in ("json", "junit", "html")}
+    arguments = ["port", "tests.port.ports:wrong_shape", "--level", "L1", *CASES]
+    done = CliRunner().invoke(
+        app, [*arguments, *(part for name, path in files.items() for part in (f"--{name}", str(path)))]
+    )
+    assert done.exit_code == 1, done.output
+    assert "1 pass, 1 error" in done.output
+    data = json.loads(files["json"].read_text())
+    assert not data["passed"]
+    by_case = {one["case"]: one for one in data["verdicts"]}
+    assert by_case["L1/muon/dion/8x8-warm"]["status"] == "pass"
+    bad = by_case["L1/muon/dion/7x1-warm"]
+    assert bad["command"] in done.output
+    suite = ElementTree.fromstring(files["junit"].read_bytes())
+    assert {key: suite.get(key) for key in ("tests", "failures", "errors", "skipped")} == {
+        "tests": "2", "failures": "0", "errors": "1", "skipped": "0",
+    }  # fmt: skip
+    page = files["html"].read_text()
+    assert bad["case"] in page
+    assert "data:image/png;base64," in page
+    assert "http" not in re.sub(r"http-equiv", "", page)
+    again = CliRunner().invoke(app, shlex.split(bad["command"])[1:])
+    assert again.exit_code == 1
+    assert "the weight has shape [1, 7]" in again.output
+    assert "Traceback" in again.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.json", "out.junit"]
+
+
+def test_a_pass_says_what_was_not_claimed() -> None:
+    done = CliRunner().invoke(
+        app, ["port", "tests.port.ports:mislabelled", "--level", "L0-L1", "--case", "*/dion/8x8*"]
+    )
+    assert done.exit_code == 1  # nothing was claimed, so nothing passed
+    assert "not claimed: " in done.output
+    assert "dialect dion of muon" in done.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["no.such.module:adapter"], "no.such.module cannot be imported"),
+        (["tests.port.ports:no_such"], "tests.port.ports has no 'no_such'"),
+        (["tests.port.ports:no_adapter"], "is no adapter: it has no capabilities, init, step"),
+        (["tests.port.ports:bad_claims"], "must return conformance.adapters.Capabilities"),
+        (["no-such-name"], "neither package.module:object nor a registered adapter"),
+        ([":x"], "is not package.module:object"),
+        (["tests.port.ports:perfect", "--level", "L7"], "'L7' is no level"),
+        (["tests.port.ports:perfect", "--dtype", "float16"], "'float16' is no compute dtype"),
+        (["tests.port.ports:perfect", "--backend", "nccl"], "on cpu the backend is gloo, not 'nccl'"),
+        (["tests.port.ports:perfect", "--device", "tpu"], "'tpu' is no device"),
+        (["tests.port.ports:perfect", "--json", "/no/such/folder/file"], "/no/such/folder does not exist"),
+        (["tests.port.ports:perfect", "--html", "/"], "cannot be written"),
+        (["tests.port.ports:perfect", "--vectors", "/no/such/folder"], "index.json cannot be read"),
+        (["tests.port.ports:perfect", "--xfail", "/no/such/file"], "/no/such/file cannot be read"),
+    ],
+)  # fmt: skip
+def test_what_cannot_start_ends_with_one_line_and_status_two(arguments: list[str], message: str) -> None:
+    done = CliRunner().invoke(app, ["port", *arguments])
+    assert done.exit_code == 2, done.output
+    assert message in done.stderr
+    assert "Traceback" not in done.output
+
+
+def test_a_read_only_folder_is_refused_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("conformance.port.command.os.access", lambda *_: False)  # root may write anywhere
+    done = CliRunner().invoke(app, ["port", "tests.port.ports:perfect", "--json", str(tmp_path / "out.json")])
+    assert done.exit_code == 2
+    assert "cannot be written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_cases_that_match_nothing_are_no_pass() -> None:
+    done = CliRunner().invoke(app, ["port", "tests.port.ports:perfect", "--case", "no/such/case"])
+    assert done.exit_code == 2
+
+
+def test_the_plugin_runs_the_same_selection_in_parallel(tmp_path: Path) -> None:
+    (tmp_path / "xfail").write_text("*7x1-warm*  # broken there\n")
+    (tmp_path / "skip").write_text("*1x7-warm*  # not today\n")
+    (tmp_path / "test_it.py").write_text("def test_conformance(conformance_case):\n    conformance_case()\n")
+    arguments = ["--port", "tests.port.ports:nan", "--port-level", "L1", "--port-dtype", "float64"]
+    arguments += ["--port-case", "L1/muon/dion/*-warm", "--port-skip", str(tmp_path / "skip")]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+
+    def pytest_run(*more: str) -> str:
+        command = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-rA",
+            "-p",
+            "no:cacheprovider",
+            "-c",
+            os.devnull,
+            "--rootdir",
+            str(tmp_path),
+        ]
+        done = subprocess.run(
+            [*command, *arguments, *more],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+            timeout=170,
+        )
+        return done.stdout + done.stderr
+
+    said = pytest_run("-n", "2", "--port-xfail", str(tmp_path / "xfail"), str(tmp_path / "test_it.py"))
+    assert re.search(r"\d+ passed, 1 skipped, 1 xfailed", said), said
+    assert "test_conformance[L1/muon/dion/8x8-warm@float64]" in said
+    said = pytest_run("--pyargs", "conformance.port.suite", "--port-case", "L1/muon/dion/7x1-warm")
+    assert "1 failed" in said, said
+    assert "NaN or infinite" in said
+    assert "conformance: broken: nan" in said
+
+
+@pytest.mark.parametrize(
+    "more", [["--port", "no.such:adapter"], ["--port", "tests.port.ports:perfect", "--port-level", "L8"]]
+)
+def test_the_plugin_refuses_with_one_line(more: list[str], tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-c",
+        os.devnull,
+        "--rootdir",
+        str(tmp_path),
+        "--pyargs",
+        "conformance.port.suite",
+    ]
+    done = subprocess.run(
+        [*command, *more],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        timeout=120,
+    )
+    assert done.returncode == 4
+    assert re.search(r"no\.such cannot be imported|'L8' is no level", done.stderr + done.stdout)
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,66 @@
+"""L3 and L4 on real ranks: a right port passes, one that raises or hangs on a rank is named, and the run goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from conformance.adapters import find
+from conformance.port.grading import ERROR, PASS, SKIP, Verdict
+from conformance.port.mesh_cases import LAYOUTS, RESHARDINGS, claimed_hypers, mesh_cases
+from conformance.port.meshes import run_meshes
+from conformance.port.runner import Selection
+from conformance.vectors import load
+
+
+def run(path: str, *only: str, **options: Any) -> dict[str, Verdict]:
+    adapter = find(path)
+    selection = Selection(("L3", "L4"), ("float64",), only)
+    given = {"ranks": 4, "timeout": 60.0, **options}
+    return {one.case: one for one in run_meshes(path, adapter.capabilities(), load(), selection, **given)}
+
+
+def test_layouts_cover_one_to_three_axes_and_strided_shards() -> None:
+    assert {len(one.mesh) for one in LAYOUTS} == {1, 2, 3}
+    assert {one.ranks for one in LAYOUTS} == {1, 2, 3, 4, 8}
+    assert any("T0" in one.codes for one in LAYOUTS if len(one.mesh) == 3)
+    assert any(before != after for before, after in RESHARDINGS)
+    claims = find("conformance.mutants.gathering:adapter").capabilities()
+    ids = [one.id for one in mesh_cases(claimed_hypers(claims, load()), ("L3", "L4"))]
+    assert len(ids) == len(set(ids)) == 8 * (len(LAYOUTS) + len(RESHARDINGS))
+
+
+def test_right_ports_pass_and_what_needs_more_ranks_is_skipped() -> None:
+    ours = run(
+        "conformance.adapters.ours:adapter", "L?/muon/*/*2x2-*", "L4/dion/*/2x2-S0S1", "L4/muon/*/8-S0"
+    )
+    assert {one.status for name, one in ours.items() if name != "L4/muon/dion/8-S0"} == {PASS}
+    assert len(ours) > 8
+    assert ours["L4/muon/dion/8-S0"].status == SKIP
+    assert "--nproc 8" in ours["L4/muon/dion/8-S0"].message
+    brute = run("conformance.mutants.gathering:adapter", "L?/dion3/*/4-S0*", "L3/adamw/*/2x2-*")
+    assert {one.status for one in brute.values()} == {PASS}
+    assert len(brute) >= 4
+
+
+def test_a_rank_that_raises_is_named_and_the_run_goes_on() -> None:
+    found = run("tests.port.ports:raises_on_ranks", "L4/muon/*/2-S?", "L4/muon/*/4-S0")
+    assert found["L4/muon/dion/4-S0"].status == ERROR
+    assert "rank 2 raised ArithmeticError: on rank two alone" in found["L4/muon/dion/4-S0"].message
+    assert found["L4/muon/dion/2-S0"].status == found["L4/muon/dion/2-S1"].status == PASS
+
+
+def test_a_collective_that_hangs_ends_in_time_with_rank_and_collective() -> None:
+    found = run("tests.port.ports:hangs_on_ranks", "L4/muon/*/4-S0", "L4/muon/*/2-S0", timeout=12.0)
+    hung = found["L4/muon/dion/4-S0"]
+    assert hung.status == ERROR
+    assert "hung for 12 s" in hung.message
+    assert "collective" in hung.message or "misbehave" in hung.message
+    assert found["L4/muon/dion/2-S0"].status == PASS
+
+
+@pytest.mark.slow
+def test_ours_pass_every_mesh_of_eight_ranks() -> None:
+    found = run("conformance.adapters.ours:adapter", ranks=8, timeout=120.0)
+    assert {one.status for one in found.values()} == {PASS}

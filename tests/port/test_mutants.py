@@ -1,0 +1,55 @@
+"""The mutants: every one is caught at the level that should, and what is not a mutant is not caught."""
+
+from __future__ import annotations
+
+import pytest
+
+from conformance.mutants.catalogue import mutants
+from conformance.mutants.hunt import LOCAL, hunt
+from conformance.mutants.mutant import ORACLE, PRODUCTION, Mutant, attribute
+from conformance.vectors import load
+
+EVERY = mutants()
+QUICK = (
+    *("EMA for sum (Muon)", "Nesterov flipped", "epsilon clamped in place of added", "transposed scale"),
+    *("decay by the scaled learning rate", "k rounded down", "ceiling in floats", "L2 for L1 norm"),
+    *("variance updated on unselected rows", "wrong head boundary", "columns dead at float32's rounding"),
+    *("last printed digit of a coefficient", "AdamW: steps are not counted", "no column is ever dead"),
+)
+
+
+def test_there_are_enough_of_them_and_their_names_are_their_own() -> None:
+    assert len(EVERY) >= 40
+    assert len({(one.name, one.subject) for one in EVERY}) == len(EVERY)
+    assert {one.level for one in EVERY} == {"L0", "L1", "L2", "L3", "L4"}
+    assert {one.subject for one in EVERY} == {ORACLE, PRODUCTION, "a gathering port"}
+
+
+def test_a_sample_is_caught_where_it_should() -> None:
+    chosen = [one for one in EVERY if one.name in QUICK and one.level in LOCAL]
+    assert {one.name for one in chosen} == set(QUICK)
+    survived = [one.mutant.name for one in hunt(load(), chosen) if not one.right]
+    assert survived == []
+
+
+def test_no_mistake_is_not_caught() -> None:
+    from contextlib import nullcontext
+
+    none = Mutant("nothing is wrong", ORACLE, "L1", ("dion2",), nullcontext)
+    (catch,) = hunt(load(), [none])
+    assert not catch.right
+    assert catch.missed == ["L1", "L2"]
+
+
+def test_a_mutant_that_no_longer_fits_says_so() -> None:
+    with (
+        pytest.raises(LookupError, match="no longer fits the code"),
+        attribute(Mutant, "no_such", lambda x: x),
+    ):
+        pass
+
+
+@pytest.mark.slow
+def test_every_mutant_is_caught() -> None:
+    survived = [f"{one.mutant.name} ({one.mutant.subject})" for one in hunt(load()) if not one.right]
+    assert survived == []
