@@ -37,8 +37,15 @@ class Port(Protocol):
         algorithms: names in `dion_ref.ALGORITHMS` that it claims.
     """
 
-    name: str
-    algorithms: tuple[str, ...]
+    @property
+    def name(self) -> str:
+        """See the class."""
+        ...
+
+    @property
+    def algorithms(self) -> tuple[str, ...]:
+        """See the class."""
+        ...
 
     def driver(self, algorithm: str, parameters: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> Driver:
         """Starts an optimizer.
@@ -158,12 +165,12 @@ def _optimizer(
     named = list(parameters.items())
     if algorithm in SCALAR_ALGORITHMS:
         group = {"params": named, "algorithm": algorithm, **hyper}
-        made: torch.optim.Optimizer = kind([group], compile=compiled)
-        return made
-    if "dion" == algorithm or "orth_dion" == algorithm:
+        elementwise: torch.optim.Optimizer = kind([group], compile=compiled)
+        return elementwise
+    if algorithm in ("dion", "orth_dion"):
         arguments = {**arguments, "seed": seed}
-    made = kind(named, **arguments, **hyper, compile=compiled)
-    return made
+    matrix: torch.optim.Optimizer = kind(named, **arguments, **hyper, compile=compiled)
+    return matrix
 
 
 def production_algorithms() -> tuple[str, ...]:

@@ -84,7 +84,6 @@ def selection_step(
             K = top_slices(M, count, dim)
     selected = M.index_select(dim, K)
     rows = orthonormalize(selected, hyper, FLOAT64)
-    new_state: Any
     if with_variance:
         rows, v = _normalized(rows, state.variance[K], hyper, fault)
     U = torch.zeros_like(M).index_copy(dim, K, rows)
@@ -99,11 +98,8 @@ def selection_step(
             M = M.index_fill(dim, K, 0.0)
         case _:
             M = M.index_copy(dim, K, hyper.mu * selected)
-    if with_variance:
-        new_state = dion3.State(M, state.variance.index_copy(0, K, v))
-    else:
-        new_state = dion2.State(M)
-    return apply_update(W, U, hyper), new_state
+    new = dion3.State(M, state.variance.index_copy(0, K, v)) if with_variance else dion2.State(M)
+    return apply_update(W, U, hyper), new
 
 
 def muon_step(W: Tensor, G: Tensor, state: Any, hyper: Any, fault: str | None = None) -> tuple[Tensor, Any]:
@@ -145,7 +141,7 @@ STEPS: Mapping[str, Step] = {
     "dion2": selection_step,
     "dion3": selection_step,
 }
-RESCALED = {
+RESCALED: Mapping[str, Callable[[int, int], float]] = {
     "transposed scale": lambda m, n: n / m,
     "missing scale": lambda m, n: (n / m) ** 0.5,
     "updates of half the size": lambda m, n: 0.5,
@@ -237,5 +233,5 @@ class FaultyPort:
         rescale = RESCALED.get(self.fault or "")
         new, state = STEPS[self.algorithm](W, G, state, hyper, None if rescale else self.fault)
         if rescale is not None:
-            new = W + rescale(*W.shape) * (new - W)
+            new = W + rescale(W.shape[0], W.shape[1]) * (new - W)
         return new, state

@@ -1,8 +1,8 @@
 """A noisy linear regression whose result depends on every part of a rule: error feedback, selection, scale.
 
 The gradient is ``(W - W*) C + noise``.  C, the covariance of the inputs, has a few strong features and many weak
-ones, and the noise is proportional to the feature's variance.  A rule that only follows what is large at each step never
-learns the weak features; what is left of their loss tells rules, and bugs, apart.
+ones, and the noise is proportional to the feature's variance.  A rule that only follows what is large at each step
+never learns the weak features; what is left of their loss tells rules, and bugs, apart.
 """
 
 from __future__ import annotations

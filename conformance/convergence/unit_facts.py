@@ -99,7 +99,8 @@ class _Run:
         before = self.weight.to(torch.float64, copy=True)
         self.driver.step({"weight": gradient.to(self.dtype)}, LR)
         scale = (self.shape[0] / self.shape[1]) ** 0.5
-        return (before - self.weight.double()) / (LR * scale)
+        update: Tensor = (before - self.weight.double()) / (LR * scale)
+        return update
 
     def gradient(self) -> Tensor:
         """Orthogonal factors around singular values that fall by 0.75 each, down to 0.03."""
@@ -108,7 +109,8 @@ class _Run:
         left = torch.linalg.qr(torch.randn(m, k, generator=self.generator, dtype=torch.float64)).Q
         right = torch.linalg.qr(torch.randn(n, k, generator=self.generator, dtype=torch.float64)).Q
         values = torch.tensor([max(0.75**j, 0.03) for j in range(k)], dtype=torch.float64)
-        return ((left * values) @ right.mT).to(self.dtype).double()
+        made: Tensor = ((left * values) @ right.mT).to(self.dtype).double()
+        return made
 
 
 def _muon(run: _Run, tolerance: float) -> list[Fact]:
@@ -183,7 +185,7 @@ def _selection(run: _Run, tolerance: float) -> list[Fact]:
     # fall below two others, and none falls below the rest.
     wanted = torch.full((size,), 0.1, dtype=torch.float64)
     half = count // 2
-    wanted[:half], wanted[half:count], wanted[count : count + half] = 2.5, 1.5, 1.0
+    wanted[:half], wanted[half:count], wanted[count : count + half] = 2.5, 1.2, 1.0
     order = torch.randperm(size, generator=run.generator)
     lengths = torch.empty_like(wanted)
     lengths[order] = wanted
