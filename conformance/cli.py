@@ -1,10 +1,11 @@
-"""The command line: `conformance run` and `conformance certify`."""
+"""The command line: `conformance run`, `certify` and `converge`."""
 
 from __future__ import annotations
 
 import typer
 
 from conformance.certify.command import certify
+from conformance.convergence.command import converge
 from conformance.job.command import run
 
 app = typer.Typer(
@@ -15,6 +16,7 @@ app = typer.Typer(
 )
 app.command("run")(run)
 app.command("certify")(certify)
+app.add_typer(converge, name="converge")
 
 
 def main() -> None:

@@ -110,10 +110,15 @@ class Measured:
         """The study's batch size."""
         return next(r.task.study.batch for r in self.results if r.task.study.name == study)
 
-    def setting(self, study: str) -> str:
-        """In words."""
+    def title(self, study: str) -> str:
+        """Workload and batch size."""
         one = next(r.task.study for r in self.results if r.task.study.name == study)
-        return f"{one.spec.title}, batch {one.batch}, {one.steps} steps"
+        return f"{one.spec.title}, batch {one.batch}"
+
+    def setting(self, study: str) -> str:
+        """Workload, batch size and steps."""
+        one = next(r.task.study for r in self.results if r.task.study.name == study)
+        return f"{self.title(study)}, {one.steps} steps"
 
 
 def verdicts(measured: Measured) -> list[Verdict]:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from conformance.convergence.drivers import Port
 from conformance.convergence.studies import Task
-from conformance.convergence.training import Trainer
+from conformance.convergence.training import Run, Trainer
 
 TUNING_RUNS = {"adamw": 13}
 OTHER_TUNING_RUNS = 4
@@ -55,19 +55,26 @@ class Clock:
     device: str = "cpu"
     known: dict[str, float] = field(default_factory=dict)
 
+    @staticmethod
+    def model_key(run: Run) -> str:
+        """What the time of forward and backward depends on."""
+        return f"model {run.spec} batch {run.batch} micro {run.micro}"
+
+    @staticmethod
+    def rule_key(run: Run) -> str:
+        """What the time of the rule depends on."""
+        hyper = {name: value for name, value in run.hyper if name != "betas"}
+        return f"rule {run.spec} {run.algorithm} {hyper}"
+
     def step(self, task: Task) -> float:
         """Seconds of one training step."""
         study, entry = task.study, task.entry
-        model = f"model {study.spec} batch {study.batch} micro {study.micro}"
-        rule = f"rule {study.spec} {entry.algorithm} {entry.hyper}"
+        run = study.run(entry, 1e-4, 0, 1000)
+        model, rule = self.model_key(run), self.rule_key(run)
         if model not in self.known or rule not in self.known:
             # the rule costs the same at every batch size
             batch = study.batch if model not in self.known else 1
-            trainer = Trainer(
-                replace(study, batch=batch).run(entry, 1e-4, 0, 1000),
-                self.port,
-                self.device,
-            )
+            trainer = Trainer(replace(run, batch=batch), self.port, self.device)
             trainer.step(0)
             trainer.optimizer_seconds, count, began = 0.0, 0, time.perf_counter()
             while count < 2 or (count < 8 and time.perf_counter() - began < 0.25):

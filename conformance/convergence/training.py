@@ -157,6 +157,7 @@ def train(
     dtype: torch.dtype | None = None,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
     until: float | None = None,
+    window: int = 10,
 ) -> Outcome:
     """Trains.
 
@@ -165,7 +166,8 @@ def train(
         port: takes the optimizer steps.
         device, dtype: see `Trainer`.
         on_step: told each step and its loss.
-        until: stop once the mean of the last ten training losses is below.
+        until: stop once the mean of the last `window` training losses is below.
+        window: see `until`.
 
     Returns:
         The outcome; a run that is not finite or triples its first loss ends early with an infinite `held_out`.
@@ -178,7 +180,7 @@ def train(
         losses.append(trainer.step(number))
         on_step(number, losses[-1])
         failed = not math.isfinite(losses[-1]) or losses[-1] > DIVERGED * losses[0]
-        if failed or (until is not None and smoothed(losses)[-1] < until):
+        if failed or (until is not None and smoothed(losses[-window:], window)[-1] < until):
             break
     held_out = math.inf if failed else trainer.held_out()
     return Outcome(
