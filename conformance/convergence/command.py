@@ -28,7 +28,7 @@ def sweep(
     ] = "tiny",
     width: Annotated[int | None, typer.Option(min=32, help="Width of the core's GPT.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Its blocks.")] = None,
-    seeds: Annotated[int, typer.Option(min=2, max=10, help="Seeds of every reported number.")] = 3,
+    seeds: Annotated[int, typer.Option(min=2, max=10, help="Seeds of every reported number.")] = 4,
     text: Annotated[
         str, typer.Option(help="shakespeare, king-james or new-testament.  [default: the largest installed]")
     ] = "",

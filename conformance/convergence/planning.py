@@ -10,7 +10,7 @@ from conformance.convergence.drivers import Port
 from conformance.convergence.studies import Task
 from conformance.convergence.training import Run, Trainer
 
-TUNING_RUNS = {"adamw": 13}
+TUNING_RUNS = {"adamw": 11}
 OTHER_TUNING_RUNS = 4
 EXTRA_BUDGETS = {"adamw": 2.12}
 OTHER_EXTRA_BUDGETS = 1.0

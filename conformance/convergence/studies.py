@@ -129,11 +129,11 @@ class Scale:
 
     core_batch: int = 20
     core_steps: int = 160
-    batches: tuple[tuple[int, int], ...] = ((200, 70), (2, 400), (6, 260), (63, 100))
+    batches: tuple[tuple[int, int], ...] = ((200, 50), (2, 320), (6, 240), (63, 80))
     long_steps: int = 640
     widths: tuple[int, ...] = (64, 128, 256, 384)
     spec: Spec = field(default_factory=Spec)
-    seeds: int = 3
+    seeds: int = 4
     vision_steps: int = 80
     images: str = ""
     micro: int = 0
@@ -186,9 +186,10 @@ def tasks(scale: Scale) -> list[Task]:
     chosen = _of(core, MAIN)
     chosen += [task for study in batches[:2] for task in _of(study, ACROSS_BATCHES)]
     chosen += _of(widths[0], ACROSS_WIDTHS[:3]) if widths else []
+    chosen += _of(core, SECOND[:2])
     chosen += _of(long, FEEDBACK[:2])
     chosen += _of(vision[0], VISION)
-    chosen += _of(core, SECOND)
+    chosen += _of(core, SECOND[2:])
     chosen += [task for study in widths[1:2] for task in _of(study, ACROSS_WIDTHS[:3])]
     chosen += [task for study in batches[2:] for task in _of(study, ACROSS_BATCHES)]
     chosen += _of(vision[1], VISION)

@@ -58,7 +58,7 @@ class Sweep:
         store: where runs are kept.
         port: takes the optimizer steps.
         device, dtype: see `training.Trainer`.
-        deadline: `time.monotonic()` after which nothing is started; None for no limit.
+        deadline: `time.monotonic()` that no run may pass; None for no limit.
         on_run: told every run that was needed, and whether it was trained now.
         seconds_of: expected time of a run, to stop in time.
     """
@@ -71,7 +71,7 @@ class Sweep:
     on_run: Callable[[Run, Outcome, bool], None] = lambda run, outcome, fresh: None
     seconds_of: Callable[[Run], float] = lambda run: 0.0
     results: list[Result] = field(default_factory=list)
-    best_rates: dict[str, float] = field(default_factory=dict)
+    best: dict[str, Run] = field(default_factory=dict)
 
     def outcome(self, run: Run) -> Outcome:
         """The run's outcome, from the store or trained now.
@@ -92,14 +92,14 @@ class Sweep:
     def do(self, task: Task) -> Result | None:
         """Does a task and keeps its result; None if not even its rate could be found before the deadline."""
         study, entry = task.study, task.entry
-        start = self.best_rates.get(entry.label, entry.start)
+        run = study.run(entry, entry.start, 0, study.steps)
+        if entry.label in self.best:  # of the study before: only where the search begins
+            run = replace(run, lr=self.best[entry.label].lr, hyper=self.best[entry.label].hyper)
         try:
-            tuned = tune(
-                study.run(entry, start, 0, study.steps), lambda run: self.outcome(run).held_out, start
-            )
+            tuned = tune(run, lambda one: self.outcome(one).held_out, run.lr)
         except OutOfTimeError:
             return None
-        self.best_rates[entry.label] = tuned.run.lr
+        self.best[entry.label] = tuned.run
         outcomes: dict[int, dict[int, Outcome]] = {}
         complete = True
         try:
