@@ -45,9 +45,15 @@ def sweep(
     if preset not in SCALES:
         raise typer.BadParameter(f"{preset!r} is no preset; choose from {', '.join(SCALES)}")
     scale = SCALES[preset]
-    spec = replace(scale.spec, width=width or scale.spec.width, layers=layers or scale.spec.layers, data=text)
-    scale = replace(scale, spec=spec, seeds=seeds, images=images)
+    from conformance.convergence.data import TEXTS, largest_text, usual_images
     from conformance.convergence.job import run_sweep
+
+    if text and text not in TEXTS:
+        raise typer.BadParameter(f"{text!r} is no text; choose from {', '.join(TEXTS)}")
+    # by name, so that stored runs stay apart when another text or other images are installed later
+    spec = replace(scale.spec, width=width or scale.spec.width, layers=layers or scale.spec.layers)
+    spec = replace(spec, data=text or largest_text())
+    scale = replace(scale, spec=spec, seeds=seeds, images=images or usual_images())
 
     raise typer.Exit(run_sweep(scale, folder, budget, device, plan_only=plan_only, json_file=json_file))
 

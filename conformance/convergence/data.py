@@ -84,6 +84,11 @@ TEXTS: Mapping[str, tuple[str, Callable[[], str | None]]] = {
 """By the name the command line takes; the largest first."""
 
 
+def largest_text() -> str:
+    """The first of `TEXTS` that is installed."""
+    return next(name for name, (_, read) in TEXTS.items() if read() is not None)
+
+
 def find_text(name: str | None = None) -> Text:
     """The named text, or the first of `TEXTS` that is installed.
 
@@ -106,17 +111,33 @@ def _as_symbols(name: str, text: str) -> Text:
     return Text(name, symbols, distinct.numel())
 
 
-def find_images(folder: Path | None = None) -> Images | None:
-    """Fashion-MNIST, else the 8×8 digits of scikit-learn, else None.
+DIGITS = "digits"
+
+
+def usual_images() -> str:
+    """The folder of Fashion-MNIST if it lies at a usual place, else `DIGITS`."""
+    usual = [Path(prefix) / place for prefix in ("/usr", sys.prefix) for place in FASHION_FOLDERS]
+    found = [place for place in usual if (place / "train-images-idx3-ubyte.gz").is_file()]
+    return str(found[0]) if found else DIGITS
+
+
+def find_images(source: str) -> Images:
+    """Fashion-MNIST from a folder with its four gzipped IDX files, or the 8×8 digits of scikit-learn.
 
     Args:
-        folder: where the four gzipped IDX files of Fashion-MNIST lie; None for the usual places.
+        source: the folder, or `DIGITS`.
+
+    Raises:
+        FileNotFoundError: they are not there; the message says what to install.
     """
-    usual = [Path(prefix) / place for prefix in ("/usr", sys.prefix) for place in FASHION_FOLDERS]
-    for place in [folder] if folder is not None else usual:
-        if (place / "train-images-idx3-ubyte.gz").is_file():
-            return _fashion(place)
-    return _digits()
+    if source != DIGITS:
+        return _fashion(Path(source))
+    images = _digits()
+    if images is None:
+        raise FileNotFoundError(
+            "no images: install the Debian package dataset-fashion-mnist, or scikit-learn for its digits"
+        )
+    return images
 
 
 def _fashion(folder: Path) -> Images:

@@ -15,6 +15,7 @@ OTHER_TUNING_RUNS = 4
 EXTRA_BUDGETS = {"adamw": 2.12}
 OTHER_EXTRA_BUDGETS = 1.0
 """Steps of the further budgets that bracket the target, over the study's own."""
+USUAL_BATCH = 16
 RESERVE = 0.06
 """Share of the budget that is left for figures and for what takes longer than foreseen."""
 
@@ -72,8 +73,8 @@ class Clock:
         run = study.run(entry, 1e-4, 0, 1000)
         model, rule = self.model_key(run), self.rule_key(run)
         if model not in self.known or rule not in self.known:
-            # the rule costs the same at every batch size
-            batch = study.batch if model not in self.known else 1
+            # the rule costs the same at every batch size, but more where few tokens leave the gradient rank-deficient
+            batch = study.batch if model not in self.known else min(study.batch, USUAL_BATCH)
             trainer = Trainer(replace(run, batch=batch), self.port, self.device)
             trainer.step(0)
             trainer.optimizer_seconds, count, began = 0.0, 0, time.perf_counter()

@@ -5,13 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from conformance.convergence.data import find_images, find_text
+from conformance.convergence.data import find_images, find_text, usual_images
 from conformance.job.model import GPTShape, make_model
 
 KINDS = ("gpt", "vit", "resnet", "teacher")
@@ -30,7 +29,7 @@ class Spec:
         layers: blocks, or convolution blocks a stage.
         length: characters of a sequence.
         heads: of the attention; 0 for one of 32 columns each.
-        data: name of the text, folder of Fashion-MNIST, or empty for what is found.
+        data: name of the text, folder of Fashion-MNIST or "digits"; empty for what is found, which a sweep names.
     """
 
     kind: str = "gpt"
@@ -136,11 +135,7 @@ def _generator(seed: int, step: int) -> torch.Generator:
 
 
 def _vision(spec: Spec) -> Workload:
-    images = find_images(Path(spec.data) if spec.data else None)
-    if images is None:
-        raise FileNotFoundError(
-            "no images: install the Debian package dataset-fashion-mnist, or scikit-learn for its digits"
-        )
+    images = find_images(spec.data or usual_images())
     side = images.train.shape[-1]
     make = _transformer if spec.kind == "vit" else _resnet
 
