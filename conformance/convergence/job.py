@@ -87,7 +87,9 @@ def run_sweep(
             console.print("interrupted; the same command goes on from here", highlight=False)
             return 130
     spectra = _spectra(scale, sweep.results, port) if sweep.results else {}
-    content = output.write(folder, sweep.results, plan, unfinished, spectra, time.monotonic() - began)
+    done = [result.task.name for result in sweep.results]
+    dropped = [task.name for task in plan.dropped if task.name not in done]
+    content = output.write(folder, sweep.results, dropped, unfinished, spectra, time.monotonic() - began)
     if json_file is not None:
         shutil.copyfile(folder / "results.json", json_file)
     measured = Measured(sweep.results)
@@ -97,7 +99,7 @@ def run_sweep(
     for name in unfinished:
         console.print(f"cut off by the deadline: {name}", highlight=False)
     console.print(
-        f"{len(sweep.results)} of {len(plan.taken)} tasks in {content['seconds']:.0f} s; {folder / 'report.md'}",
+        f"{len(done)} tasks in {content['seconds']:.0f} s ({len(plan.taken)} planned); {folder / 'report.md'}",
         highlight=False,
         soft_wrap=True,
     )
@@ -110,8 +112,17 @@ def key(task: Task) -> str:
 
 
 def _do(sweep: Sweep, plan: Plan, store: Store, finished: list[str], monitor: Monitor) -> list[str]:
-    unfinished = []
-    for task in plan.taken:
+    unfinished: list[str] = []
+    waiting, dropped = list(plan.taken), list(plan.dropped)
+    while waiting or dropped:
+        if not waiting:
+            # all done, and time left: a task that had been dropped may fit after all
+            task = dropped.pop(0)
+            if unfinished or not _fits(task, plan, sweep, monitor):
+                continue
+            monitor.add(task)
+        else:
+            task = waiting.pop(0)
         monitor.start(task)
         result = sweep.do(task)
         monitor.done(task, result)
@@ -121,6 +132,18 @@ def _do(sweep: Sweep, plan: Plan, store: Store, finished: list[str], monitor: Mo
             finished.append(key(task))
             store.write("finished.json", {"tasks": finished})
     return unfinished
+
+
+def _fits(task: Task, plan: Plan, sweep: Sweep, monitor: Monitor) -> bool:
+    """True if there is time for a dropped task, its study's reference is done, and its time was measured."""
+    expected = plan.seconds.get(task.name)
+    reference = not task.study.with_steps or task.entry.algorithm == "adamw"
+    reference = reference or any(
+        r.task.study == task.study and r.task.entry.algorithm == "adamw" for r in sweep.results
+    )
+    if expected is None or not reference or sweep.deadline is None:
+        return False
+    return time.monotonic() + 1.1 * expected * monitor.slowness < sweep.deadline
 
 
 def _available(task: Task, console: Console) -> bool:

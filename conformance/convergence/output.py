@@ -17,7 +17,6 @@ from rich.table import Table
 
 from conformance.convergence.claims import Measured, Verdict, verdicts
 from conformance.convergence.figures import draw
-from conformance.convergence.planning import Plan
 from conformance.convergence.spread import Interval, interval
 from conformance.convergence.sweep import Result
 from conformance.convergence.workloads import load
@@ -26,7 +25,7 @@ from conformance.convergence.workloads import load
 def write(
     folder: Path,
     results: Sequence[Result],
-    plan: Plan,
+    dropped: Sequence[str],
     unfinished: Sequence[str],
     spectra: Mapping[str, Sequence[float]],
     seconds: float,
@@ -36,7 +35,7 @@ def write(
     Args:
         folder: where they go.
         results: of the sweep.
-        plan: what was taken and dropped.
+        dropped: names of the tasks that did not fit.
         unfinished: names of the tasks that the deadline cut off.
         spectra: of `spectra.singular_values`; may be empty.
         seconds: of the whole call.
@@ -52,8 +51,8 @@ def write(
             "cpu": platform.machine(),
         },
         "data": sorted({load(result.task.study.spec).data for result in results}),
-        "taken": [task.name for task in plan.taken],
-        "dropped": [task.name for task in plan.dropped],
+        "done": [result.task.name for result in results],
+        "dropped": list(dropped),
         "unfinished": list(unfinished),
         "claims": [asdict(one) for one in claims],
         "results": [_entry(measured, result) for result in measured.results],

@@ -54,6 +54,10 @@ class Monitor:
         seconds = max(0.0, self._left * self.slowness)
         return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.0f} s"
 
+    def add(self, task: Task) -> None:
+        """A task that was not in the plan will be done too."""
+        self._left += self.plan.seconds[task.name]
+
     def start(self, task: Task) -> None:
         """A task begins."""
         self._task_began = time.monotonic()
