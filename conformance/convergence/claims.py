@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from conformance.convergence.spread import Interval, interval, steps_to
+from conformance.convergence.spread import Interval, interval, steps_to, within_seeds
 from conformance.convergence.sweep import Result
 
 SHOWN = "shown"
@@ -43,12 +43,14 @@ class Verdict:
 def smaller(a: Seeds, b: Seeds) -> tuple[str, Interval]:
     """Is `a` smaller than `b`? The interval is that of a - b over the seeds of both.
 
-    Shown only if that interval lies below zero and the intervals of a and of b do not overlap; contradicted
-    likewise the other way round.
+    Shown only if the intervals of a and of b do not overlap, contradicted likewise the other way round.  They are
+    those of `within_seeds`: a seed gives all rules the same weights and batches, and what it does to all is no
+    difference between them.
     """
     seeds = sorted(set(a) & set(b))
     difference = interval([a[seed] - b[seed] for seed in seeds])
-    apart = not interval(list(a.values())).overlaps(interval(list(b.values())))
+    own, other = within_seeds([{seed: side[seed] for seed in seeds} for side in (a, b)])
+    apart = not own.overlaps(other)
     if apart and difference.high < 0:
         return SHOWN, difference
     if apart and difference.low > 0:

@@ -10,8 +10,8 @@ from conformance.convergence.drivers import Port
 from conformance.convergence.studies import Task
 from conformance.convergence.training import Run, Trainer
 
-TUNING_RUNS = {"adamw": 11}
-OTHER_TUNING_RUNS = 4
+TUNING_RUNS = {"adamw": 13, "lion": 13}
+OTHER_TUNING_RUNS = 9
 EXTRA_BUDGETS = {"adamw": 2.12}
 OTHER_EXTRA_BUDGETS = 1.0
 """Steps of the further budgets that bracket the target, over the study's own."""
@@ -64,7 +64,7 @@ class Clock:
     @staticmethod
     def rule_key(run: Run) -> str:
         """What the time of the rule depends on."""
-        hyper = {name: value for name, value in run.hyper if name != "betas"}
+        hyper = {name: value for name, value in run.hyper if name not in ("betas", "mu")}
         return f"rule {run.spec} {run.algorithm} {hyper}"
 
     def step(self, task: Task) -> float:

@@ -45,6 +45,30 @@ def interval(values: Sequence[float]) -> Interval:
     return Interval(mean, mean - half, mean + half, deviation, len(values))
 
 
+def within_seeds(sides: Sequence[Mapping[int, float]]) -> list[Interval]:
+    """The interval of each mean, without what a seed does to all sides alike.
+
+    Each value less its seed's mean over the sides, plus the mean of all; deviations corrected by the root of
+    ``k / (k - 1)`` for k sides (Morey 2008, "Confidence intervals from normalized data").  With two sides, the
+    intervals overlap unless the mean difference is 1.4 times the half width of its own paired interval.
+
+    Args:
+        sides: values by seed, all of the same seeds.
+    """
+    count = len(sides)
+    everything = [value for side in sides for value in side.values()]
+    if count < 2 or not everything or not all(map(math.isfinite, everything)):
+        return [interval(list(side.values())) for side in sides]
+    mean = statistics.mean(everything)
+    shift = {seed: mean - statistics.mean([side[seed] for side in sides]) for seed in sides[0]}
+    made = []
+    for side in sides:
+        one = interval([value + shift[seed] for seed, value in side.items()])
+        half = (one.high - one.mean) * math.sqrt(count / (count - 1))
+        made.append(Interval(one.mean, one.mean - half, one.mean + half, one.deviation, one.count))
+    return made
+
+
 def steps_to(target: float, losses: Mapping[int, float]) -> float | None:
     """The step budget at which the loss reaches `target`, linear in the logarithm of the budget.
 

@@ -27,10 +27,14 @@ class Entry:
     start: float = 0.02
 
 
+MU = ("mu", 0.9)
+"""Where the search of the momentum begins: short runs want less of it than the usual 0.95."""
+
+
 def _fractions(algorithm: str, field_name: str, title: str) -> list[Entry]:
     marks = {1.0: "1", 0.5: "1/2", 0.25: "1/4", 0.125: "1/8", 0.0625: "1/16"}
     return [
-        Entry(f"{title} {mark}", algorithm, ((field_name, share),), 0.02 * share**-0.25)
+        Entry(f"{title} {mark}", algorithm, ((field_name, share), MU), 0.02 * share**-0.25)
         for share, mark in marks.items()
         if algorithm.startswith(("dion_", "orth")) or field_name == "rank_fraction" or share >= 0.125
     ]
@@ -39,10 +43,10 @@ def _fractions(algorithm: str, field_name: str, title: str) -> list[Entry]:
 ENTRIES: Mapping[str, Entry] = {
     one.label: one
     for one in (
-        Entry("AdamW", "adamw", (("betas", (0.9, 0.95)),), 5e-3),
-        Entry("Lion", "lion", (), 1.25e-3),
-        Entry("Muon", "muon"),
-        Entry("NorMuon", "normuon"),
+        Entry("AdamW", "adamw", (("betas", (0.8, 0.95)),), 1e-2),
+        Entry("Lion", "lion", (("betas", (0.9, 0.98)),), 1.25e-3),
+        Entry("Muon", "muon", (MU,)),
+        Entry("NorMuon", "normuon", (MU,)),
         *_fractions("dion", "rank_fraction", "Dion"),
         *_fractions("dion_no_error_feedback", "rank_fraction", "Dion without error feedback"),
         *_fractions("orth_dion", "rank_fraction", "Orth-Dion"),
@@ -130,7 +134,7 @@ class Scale:
     core_batch: int = 20
     core_steps: int = 160
     batches: tuple[tuple[int, int], ...] = ((200, 50), (2, 320), (6, 240), (63, 80))
-    long_steps: int = 640
+    long_steps: int = 320
     widths: tuple[int, ...] = (64, 128, 256, 384)
     spec: Spec = field(default_factory=Spec)
     seeds: int = 4
@@ -140,28 +144,29 @@ class Scale:
     scalar_lr: float = 3e-3
 
 
-MAIN = ("AdamW", "Muon", "Dion 1", "Dion 1/4", "Dion2 1/2", "Dion2 1/4")
-ACROSS_BATCHES = ("AdamW", "Muon", "Dion 1")
-ACROSS_WIDTHS = ("Muon", "Dion 1", "Dion 1/4", "Dion2 1/4")
+MAIN = ("AdamW", "Muon", "Dion 1", "Dion 1/4", "Dion2 1/4")
 FEEDBACK = ("Dion 1/16", "Dion without error feedback 1/16", "Dion 1/4", "Dion without error feedback 1/4")
+WIDE = ("Dion 1/4", "Dion 1", "Muon", "AdamW", "Dion2 1/4")
 VISION = ("AdamW", "Muon", "Dion 1", "Dion2 1/4")
-SECOND = ("Dion 1/16", "Dion2 1/8", "Dion 1/2", "Dion 1/8", "NorMuon", "Dion3 1/2", "Dion3 1/4", "Lion")
+SECOND = (
+    "Dion2 1/2",
+    "Dion 1/16",
+    "Dion 1/2",
+    "Dion 1/8",
+    "Dion2 1/8",
+    "NorMuon",
+    "Dion3 1/2",
+    "Dion3 1/4",
+    "Lion",
+)
 THIRD = ("Orth-Dion 1/4", "Orth-Dion 1", "Orth-Dion 1/2", "Orth-Dion 1/8", "Orth-Dion 1/16")
 LAST = ("Dion2 1", "Dion3 1", "Dion3 1/8")
 
 
 def tasks(scale: Scale) -> list[Task]:
     """Every task of a sweep, the most telling first; a plan takes them in this order."""
-    core = Study(
-        "core",
-        "batch",
-        scale.spec,
-        scale.core_batch,
-        scale.core_steps,
-        scale.seeds,
-        micro=scale.micro,
-        scalar_lr=scale.scalar_lr,
-    )
+    core = Study("core", "batch", scale.spec, scale.core_batch, scale.core_steps, scale.seeds,
+                 micro=scale.micro, scalar_lr=scale.scalar_lr)  # fmt: skip
     batches = [replace(core, name=f"batch {b}", batch=b, steps=steps) for b, steps in scale.batches]
     long = replace(core, name="error feedback", kind="fraction", steps=scale.long_steps, with_steps=False)
     widths = [
@@ -171,33 +176,31 @@ def tasks(scale: Scale) -> list[Task]:
         for width in scale.widths
         if width != scale.spec.width
     ]
-    vision = [
-        replace(
-            core,
-            name=name,
-            kind="vision",
-            batch=64,
-            steps=scale.vision_steps,
-            micro=0,
-            spec=Spec(kind, 64, layers, data=scale.images),
-        )
+    transformer, resnet = (
+        replace(core, name=name, kind="vision", batch=64, steps=scale.vision_steps, micro=0,
+                spec=Spec(kind, 64, layers, data=scale.images))
         for name, kind, layers in (("vision transformer", "vit", 2), ("ResNet", "resnet", 1))
+    )  # fmt: skip
+    outer, inner = batches[:2], batches[2:]
+    parts = [
+        _of(core, MAIN),
+        *(_of(study, ("AdamW", "Muon")) for study in outer),
+        _of(long, FEEDBACK[:2]),
+        *(_of(study, WIDE[:2]) for study in widths[:1]),
+        *(_of(study, ("Dion 1",)) for study in outer),
+        _of(core, SECOND[:4]),
+        _of(transformer, VISION),
+        _of(core, SECOND[4:]),
+        *(_of(study, WIDE[:2]) for study in widths[1:2]),
+        *(_of(study, WIDE[2:4]) for study in widths[:2]),
+        *(_of(study, ("AdamW", "Muon", "Dion 1")) for study in inner),
+        _of(resnet, VISION),
+        _of(long, FEEDBACK[2:]),
+        _of(core, THIRD),
+        *(_of(study, WIDE) for study in widths),
+        _of(core, LAST),
     ]
-    chosen = _of(core, MAIN)
-    chosen += [task for study in batches[:2] for task in _of(study, ACROSS_BATCHES)]
-    chosen += _of(widths[0], ACROSS_WIDTHS[:3]) if widths else []
-    chosen += _of(core, SECOND[:2])
-    chosen += _of(long, FEEDBACK[:2])
-    chosen += _of(vision[0], VISION)
-    chosen += _of(core, SECOND[2:])
-    chosen += [task for study in widths[1:2] for task in _of(study, ACROSS_WIDTHS[:3])]
-    chosen += [task for study in batches[2:] for task in _of(study, ACROSS_BATCHES)]
-    chosen += _of(vision[1], VISION)
-    chosen += _of(long, FEEDBACK[2:])
-    chosen += _of(core, THIRD)
-    chosen += [task for study in widths for task in _of(study, ("AdamW", *ACROSS_WIDTHS))]
-    chosen += _of(core, LAST)
-    return list(dict.fromkeys(chosen))
+    return list(dict.fromkeys(task for part in parts for task in part))
 
 
 def _of(study: Study, labels: tuple[str, ...]) -> list[Task]:

@@ -1,9 +1,9 @@
-"""The search of the learning rate, and of AdamW's betas, on log grids that grow until the best is inside."""
+"""The search of the rate and the momentum of every rule, on log grids that grow until the best is inside."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from conformance.convergence.training import Run
@@ -12,8 +12,8 @@ FACTOR = 2.0
 BASE = 0.01
 """Every rate is BASE times a power of FACTOR, so that searches share their runs."""
 LARGEST_EXTENSION = 8
-BETAS1 = (0.8, 0.9, 0.95)
-BETAS2 = (0.9, 0.95, 0.98, 0.99)
+DECAYS = (0.8, 0.9, 0.95, 0.98, 0.99)
+"""Where mu and the betas are looked for first; beyond the ends 1 - beta doubles or halves."""
 Loss = Callable[[Run], float]
 
 
@@ -22,8 +22,8 @@ class Tuned:
     """What a search found.
 
     Attributes:
-        run: the best run; its `lr` (and betas) are the answer.
-        tried: every (lr, loss) of the final betas, by lr.
+        run: the best run; its `lr` and `hyper` are the answer.
+        tried: every (lr, loss) at the final momentum, by lr.
         at_edge: the best rate is the first or last tried: the search was stopped.
         runs: how many runs it took.
     """
@@ -40,10 +40,12 @@ def snapped(lr: float) -> float:
 
 
 def tune(run: Run, loss: Loss, start: float) -> Tuned:
-    """Finds the rate (and the betas, if the rule is AdamW) with the smallest loss.
+    """Finds the rate and the momentum (mu, or the betas of AdamW and Lion) with the smallest loss.
+
+    One after the other, until neither changes: all rules get the same search, or the one with more freedom wins.
 
     Args:
-        run: everything but the rate; AdamW's `hyper` must have betas, where their search begins.
+        run: everything but the rate; `mu` or `betas` in its `hyper` is where that search begins.
         loss: trains and returns the held-out loss; infinite if the run diverged.
         start: where the search begins.
     """
@@ -55,13 +57,16 @@ def tune(run: Run, loss: Loss, start: float) -> Tuned:
         return seen[one]
 
     best = _best_rate(replace(run, lr=snapped(start)), value)
-    if run.algorithm == "adamw":
-        for _ in range(2):
-            before = best
-            best = _best_beta(best, value, 1, BETAS2)
-            best = _best_rate(_best_beta(best, value, 0, BETAS1), value)
-            if best == before:
-                break
+    momenta = [
+        (name, place) for name, value_ in run.hyper if name in ("mu", "betas") for place in _places(value_)
+    ]
+    for _ in range(2 if momenta else 0):
+        before = best
+        for name, place in momenta:
+            best = _best_decay(best, value, name, place)
+        best = _best_rate(best, value)
+        if best == before:
+            break
     tried = sorted((one.lr, found) for one, found in seen.items() if one.hyper == best.hyper)
     at_edge = best.lr in (tried[0][0], tried[-1][0])
     return Tuned(best, tuple(tried), at_edge, len(seen))
@@ -81,16 +86,21 @@ def _best_rate(run: Run, value: Loss) -> Run:
     return replace(run, lr=start * FACTOR**best)
 
 
-def _best_beta(run: Run, value: Loss, index: int, grid: Sequence[float]) -> Run:
-    """Walks one beta along the grid while it gets better; beyond its ends the grid goes on by halving 1 - beta."""
-    start = dict(run.hyper)["betas"][index]
-    values = sorted({*grid, start})
+def _places(value: float | tuple[float, float]) -> tuple[int, ...]:
+    """Where the numbers of a hyperparameter stand: the second beta first, as it matters less for the rate."""
+    return (1, 0) if isinstance(value, tuple) else (-1,)
+
+
+def _best_decay(run: Run, value: Loss, name: str, place: int) -> Run:
+    """Walks one decay factor along the grid while it gets better."""
+    start = _decay(run, name, place)
+    values = sorted({*DECAYS, start})
     best, best_loss = run, value(run)
     for direction in (1, -1):
-        beta = start
-        while best_loss > 0:
-            beta = _neighbour(values, beta, direction)
-            following = _with_beta(run, index, beta)
+        decay = start
+        while True:
+            decay = _neighbour(values, decay, direction)
+            following = _with_decay(run, name, place, decay)
             if value(following) >= best_loss:
                 break
             best, best_loss = following, value(following)
@@ -105,11 +115,20 @@ def _neighbour(values: list[float], current: float, direction: int) -> float:
         return values[index]
     rest = (1 - current) * (0.5 if direction > 0 else 2.0)
     following = round(1 - rest, 6) if rest < 1 else 0.0
-    values.insert(max(index, 0) if direction < 0 else len(values), following)
+    if following not in values:
+        values.insert(0 if direction < 0 else len(values), following)
     return following
 
 
-def _with_beta(run: Run, index: int, beta: float) -> Run:
-    betas = list(dict(run.hyper)["betas"])
-    betas[index] = beta
-    return replace(run, hyper=tuple(sorted({**dict(run.hyper), "betas": tuple(betas)}.items())))
+def _decay(run: Run, name: str, place: int) -> float:
+    found = dict(run.hyper)[name]
+    return float(found if place < 0 else found[place])
+
+
+def _with_decay(run: Run, name: str, place: int, decay: float) -> Run:
+    found: float | tuple[float, ...] = decay
+    if place >= 0:
+        pair = list(dict(run.hyper)[name])
+        pair[place] = decay
+        found = tuple(pair)
+    return replace(run, hyper=tuple(sorted({**dict(run.hyper), name: found}.items())))
