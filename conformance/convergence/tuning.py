@@ -78,6 +78,8 @@ def _best_rate(run: Run, value: Loss) -> Run:
     exponents = {k: value(replace(run, lr=start * FACTOR**k)) for k in (0, -1, 1)}
     for _ in range(LARGEST_EXTENSION):
         best = min(exponents, key=lambda k: exponents[k])
+        if math.isinf(exponents[best]):  # all diverged
+            best = min(exponents)
         missing = [k for k in (best - 1, best + 1) if k not in exponents]
         if not missing:
             break

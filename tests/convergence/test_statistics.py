@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conformance.convergence.claims import CONTRADICTED, NOT_SHOWN, SHOWN, near, smaller
-from conformance.convergence.spread import interval, steps_to
+from conformance.convergence.spread import interval, steps_to, within_seeds
 
 LOSSES = st.dictionaries(st.integers(1, 5), st.floats(1.0, 3.0, allow_nan=False), min_size=3, max_size=5)
 
@@ -43,7 +43,9 @@ def test_a_target_met_exactly_at_the_largest_budget_counts() -> None:
 @given(LOSSES, LOSSES)
 def test_no_claim_is_shown_when_the_intervals_overlap(a: dict[int, float], b: dict[int, float]) -> None:
     verdict, _ = smaller(a, b)
-    if interval(list(a.values())).overlaps(interval(list(b.values()))):
+    seeds = set(a) & set(b)
+    own, other = within_seeds([{seed: side[seed] for seed in seeds} for side in (a, b)])
+    if own.overlaps(other):
         assert verdict == NOT_SHOWN
 
 
@@ -60,9 +62,17 @@ def test_clear_cases() -> None:
     assert smaller(low, low)[0] == NOT_SHOWN
 
 
-def test_seeds_that_move_together_do_not_make_a_claim() -> None:
-    # every pair differs by 0.01, but the intervals overlap
-    assert smaller({1: 1.0, 2: 2.0, 3: 3.0}, {1: 1.01, 2: 2.01, 3: 3.01})[0] == NOT_SHOWN
+def test_what_a_seed_does_to_both_sides_is_no_difference() -> None:
+    assert smaller({1: 1.0, 2: 2.0, 3: 3.0}, {1: 1.1, 2: 2.11, 3: 3.09})[0] == SHOWN
+    assert smaller({1: 1.0, 2: 2.0, 3: 3.0}, {1: 1.1, 2: 2.5, 3: 3.01})[0] == NOT_SHOWN
+
+
+def test_intervals_within_seeds_are_wider_than_the_paired_one_by_the_root_of_two() -> None:
+    a, b = {1: 1.0, 2: 2.0, 3: 3.3}, {1: 1.2, 2: 2.1, 3: 3.2}
+    paired = interval([a[seed] - b[seed] for seed in a])
+    own, other = within_seeds([a, b])
+    assert own.high - own.mean == pytest.approx((paired.high - paired.mean) / 2**0.5)
+    assert own.mean - other.mean == pytest.approx(paired.mean)
 
 
 def test_near_is_within_one_percent_with_all_of_the_interval() -> None:
