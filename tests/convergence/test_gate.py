@@ -62,32 +62,33 @@ def test_the_regression_catches_by_itself(algorithm: str, fault: str) -> None:
     assert not result.passed
 
 
-@pytest.mark.parametrize("algorithm", sorted(STEPS))
+@pytest.mark.parametrize("algorithm", ["dion2", "lion"])
 def test_without_a_fault_the_gate_passes(algorithm: str) -> None:
-    result = Gate(parts=FAST, seed=1).run(FaultyPort(algorithm, None))
+    result = Gate(parts=FAST, seed=1).run(OraclePort(algorithms=(algorithm,)))
     assert result.passed, [check.why() for check in result.failures]
-
-
-def test_orth_dion_and_the_scalar_rules_pass() -> None:
-    class Some(OraclePort):
-        @property
-        def algorithms(self) -> tuple[str, ...]:  # type: ignore[override]
-            return ("orth_dion", "adamw", "lion")
-
-        @algorithms.setter
-        def algorithms(self, value: object) -> None:
-            pass
-
-    result = Gate(parts=("facts",), seed=4).run(Some())
-    assert result.passed
-    assert "muon" in result.not_claimed
+    assert set(result.not_claimed) == set(bands.SETTINGS) - {algorithm}
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
-def test_our_production_passes(dtype: torch.dtype) -> None:
-    result = Gate(parts=FAST, seed=5, dtype=dtype).run(ProductionPort())
+def test_the_facts_hold_for_our_production(dtype: torch.dtype) -> None:
+    result = Gate(parts=("facts",), seed=5, dtype=dtype).run(ProductionPort())
     assert result.passed, [check.why() for check in result.failures]
-    assert set(result.not_claimed) == set(bands.SETTINGS) - set(ProductionPort().algorithms)
+    assert result.not_claimed == ()
+    assert {check.algorithm for check in result.checks} == set(MATRIX_ALGORITHMS)
+
+
+def test_our_production_learns_within_the_bands() -> None:
+    port = ProductionPort(algorithms=("muon",))
+    result = Gate(parts=("regression",), seed=5, dtype=torch.float32).run(port)
+    assert result.passed, [check.why() for check in result.failures]
+    assert len(result.checks) == len(PROBLEMS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
+def test_all_of_our_production_passes(dtype: torch.dtype) -> None:
+    result = Gate(parts=FAST, seed=6, dtype=dtype).run(ProductionPort())
+    assert result.passed, [check.why() for check in result.failures]
 
 
 @pytest.mark.parametrize("algorithm", MATRIX_ALGORITHMS)
@@ -106,7 +107,7 @@ def test_the_facts_hold_in_low_precision(algorithm: str, compute: torch.dtype) -
 @pytest.mark.parametrize("algorithm", sorted(UNSEEN))
 def test_a_rescaled_momentum_is_not_seen(algorithm: str) -> None:
     setting = bands.SETTINGS[algorithm]
-    for problem in bands.problems(algorithm)[:2]:
+    for problem in bands.problems(algorithm)[:1]:
         clean = score(FaultyPort(algorithm, None), algorithm, setting.hyper, problem, 0)
         fault = FaultyPort(algorithm, UNSEEN[algorithm][0])
         # not equal: epsilon is added to a smaller norm
@@ -116,7 +117,8 @@ def test_a_rescaled_momentum_is_not_seen(algorithm: str) -> None:
 class _Still:
     """A port that does nothing, or writes NaN."""
 
-    name, algorithms = "still", tuple(ALGORITHMS)
+    name: str = "still"
+    algorithms: tuple[str, ...] = ("muon", "adamw")
 
     def __init__(self, value: float) -> None:
         self.value = value
@@ -135,12 +137,12 @@ class _Still:
 @pytest.mark.parametrize("value", [0.0, float("nan")], ids=["nothing", "nan"])
 def test_a_port_that_does_nothing_fails_every_rule(value: float) -> None:
     result = Gate(parts=("regression",)).run(_Still(value))
-    assert {check.algorithm for check in result.failures} == set(ALGORITHMS)
+    assert {check.algorithm for check in result.failures} == {"muon", "adamw"}
 
 
 def test_a_port_without_rules_does_not_pass() -> None:
     port = _Still(0.0)
-    port.algorithms = ()  # type: ignore[misc]
+    port.algorithms = ()
     result = Gate().run(port)
     assert not result.passed
     assert set(result.not_claimed) == set(bands.SETTINGS)
@@ -163,12 +165,13 @@ def test_the_shipped_bands_are_the_oracles(algorithm: str) -> None:
     assert again == pytest.approx(stored[0], rel=1e-4)
 
 
-def test_another_convention_is_held_to_bands_of_its_own() -> None:
-    problem = bands.problems("muon")[1]
+def test_another_convention_is_held_to_bands_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bands, "FEWER_SEEDS", 3)
+    problem = bands.problems("muon")[2]
     shipped = bands.band("muon", bands.SETTINGS["muon"].hyper, problem)
-    other = bands.band("muon", {"weight_decay": 0.0, "scale": "keller", "nesterov": True}, problem)
-    assert (shipped.seeds, other.seeds) == (bands.SEEDS, bands.FEWER_SEEDS)
-    assert abs(other.mean - shipped.mean) > 0.01
+    other = bands.band("muon", {"weight_decay": 0.0, "scale": None}, problem)
+    assert (shipped.seeds, other.seeds) == (bands.SEEDS, 3)
+    assert abs(other.mean - shipped.mean) > 5 * shipped.deviation
 
 
 @pytest.mark.slow
