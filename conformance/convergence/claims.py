@@ -87,6 +87,14 @@ class Measured:
         reference = self.get(study, "AdamW")
         return interval(list(reference.final.values())).mean if reference else None
 
+    def within(self, study: str) -> dict[str, Interval]:
+        """Losses at the study's budget by label, with intervals within seeds (`spread.within_seeds`)."""
+        some = [result for result in self.results if result.task.study.name == study]
+        seeds = set.intersection(*(set(result.final) for result in some))
+        sides = [{seed: result.final[seed] for seed in sorted(seeds)} for result in some]
+        labels = [result.task.entry.label for result in some]
+        return dict(zip(labels, within_seeds(sides), strict=True))
+
     def steps(self, study: str, label: str) -> dict[int, float]:
         """Steps to AdamW's loss by seed; seeds that did not bracket it are missing."""
         result, target = self.get(study, label), self.target(study)

@@ -30,7 +30,10 @@ def sweep(
     layers: Annotated[int | None, typer.Option(min=1, help="Its blocks.")] = None,
     seeds: Annotated[int, typer.Option(min=2, max=10, help="Seeds of every reported number.")] = 4,
     text: Annotated[
-        str, typer.Option(help="shakespeare, king-james or new-testament.  [default: the largest installed]")
+        str,
+        typer.Option(
+            help="shakespeare, king-james, new-testament, or a file.  [default: the largest installed]"
+        ),
     ] = "",
     images: Annotated[str, typer.Option(help="Folder of Fashion-MNIST.  [default: the usual places]")] = "",
     device: Annotated[str, typer.Option(help="cpu, or cuda (bfloat16 autocast, compiled steps).")] = "cpu",
@@ -48,8 +51,8 @@ def sweep(
     from conformance.convergence.data import TEXTS, largest_text, usual_images
     from conformance.convergence.job import run_sweep
 
-    if text and text not in TEXTS:
-        raise typer.BadParameter(f"{text!r} is no text; choose from {', '.join(TEXTS)}")
+    if text and text not in TEXTS and not Path(text).is_file():
+        raise typer.BadParameter(f"{text!r} is neither a file nor one of {', '.join(TEXTS)}")
     # by name, so that stored runs stay apart when another text or other images are installed later
     spec = replace(scale.spec, width=width or scale.spec.width, layers=layers or scale.spec.layers)
     spec = replace(spec, data=text or largest_text())

@@ -92,12 +92,17 @@ def largest_text() -> str:
 def find_text(name: str | None = None) -> Text:
     """The named text, or the first of `TEXTS` that is installed.
 
+    Args:
+        name: a key of TEXTS, or the path of a UTF-8 file.
+
     Raises:
-        ValueError: an unknown name.
+        ValueError: neither a name nor a file.
         FileNotFoundError: its package is not installed.
     """
     if name is not None and name not in TEXTS:
-        raise ValueError(f"text {name!r} is unknown; choose from {', '.join(TEXTS)}")
+        if not Path(name).is_file():
+            raise ValueError(f"text {name!r} is no file and unknown; choose from {', '.join(TEXTS)}")
+        return _as_symbols(Path(name).name, Path(name).read_text("utf-8"))
     for title, read in TEXTS.values() if name is None else [TEXTS[name]]:
         text = read()
         if text is not None:

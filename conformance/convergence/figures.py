@@ -166,17 +166,18 @@ def loss_by_fraction(measured: Measured) -> Figure | None:
     )
     for axes, study in zip(grid[0], studies, strict=True):
         _fraction_panel(axes, measured, study)
-    grid[0][0].set_ylabel("held-out loss, nats; 95% intervals over seeds")
+    grid[0][0].set_ylabel("held-out loss, nats; 95% intervals within seeds")
     return figure
 
 
 def _fraction_panel(axes: Axes, measured: Measured, study: str) -> None:
     lines: dict[str, list[tuple[float, Interval]]] = {}
+    within = measured.within(study)
     for result in measured.results:
         if result.task.study.name != study:
             continue
         label = result.task.entry.label
-        found = interval(list(result.final.values()))
+        found = within[label]
         tail = label.rpartition(" ")[2]
         if tail in FRACTIONS:
             lines.setdefault(family(label), []).append((FRACTIONS[tail], found))

@@ -128,6 +128,10 @@ def show(one: Interval, digits: int = 3) -> str:
     return f"{one.mean:.{digits}f}" + (f" ± {half:.{digits}f}" if math.isfinite(half) else "")
 
 
+INTERVALS = (
+    "±: 95% by Student's t. Losses: within seeds, that is, without what a seed (weights, batches) does to all rules "
+    "alike. Ratios: seed by seed. Steps: over seeds."
+)
 COLUMNS = (
     "rule",
     "lr",
@@ -148,7 +152,7 @@ def _cells(measured: Measured, result: Result) -> tuple[str, ...]:
     return (
         label,
         lr + (f", betas {betas[0]:g}, {betas[1]:g}" if betas else ""),
-        show(interval(list(result.final.values()))),
+        show(measured.within(study)[label]),
         reached,
         show(interval(list(measured.ratios(study, label).values()))) if steps else "-",
         f"{1000 * result.step_seconds:.1f}",
@@ -210,7 +214,7 @@ def _markdown(measured: Measured, claims: Sequence[Verdict], content: Mapping[st
         "\\* taken by the float64 oracle's code in float32, or by a variant of it: says nothing about speed.",
         "",
     ]
-    lines += ["## Figures", "", *(f"![{name}]({name})" for name in content["figures"]), ""]
+    lines += [INTERVALS, "", "## Figures", "", *(f"![{name}]({name})" for name in content["figures"]), ""]
     lines += [
         "## Dropped to fit the budget",
         "",

@@ -70,7 +70,7 @@ class Study:
         seeds: how many; the search uses another one.
         with_steps: measure steps to the target too, not only the loss at `steps`.
         micro: see `training.Run`.
-        scalar_lr: see `training.Run`.
+        scalar_lr, schedule: see `training.Run`.
     """
 
     name: str
@@ -82,6 +82,7 @@ class Study:
     with_steps: bool = True
     micro: int = 0
     scalar_lr: float = 3e-3
+    schedule: str = "linear"
 
     def run(self, entry: Entry, lr: float, seed: int, steps: int) -> Run:
         """One run of an entry."""
@@ -95,6 +96,7 @@ class Study:
             seed,
             micro=self.micro,
             scalar_lr=self.scalar_lr,
+            schedule=self.schedule,
         )
 
     @property
@@ -128,7 +130,7 @@ class Scale:
         spec: the core's workload.
         seeds: of every reported number.
         vision_steps: of the vision studies.
-        micro, scalar_lr: see `training.Run`.
+        micro, scalar_lr, schedule: see `training.Run`.
     """
 
     core_batch: int = 20
@@ -142,6 +144,7 @@ class Scale:
     images: str = ""
     micro: int = 0
     scalar_lr: float = 3e-3
+    schedule: str = "linear"
 
 
 MAIN = ("AdamW", "Muon", "Dion 1", "Dion 1/4", "Dion2 1/4")
@@ -166,7 +169,7 @@ LAST = ("Dion2 1", "Dion3 1", "Dion3 1/8")
 def tasks(scale: Scale) -> list[Task]:
     """Every task of a sweep, the most telling first; a plan takes them in this order."""
     core = Study("core", "batch", scale.spec, scale.core_batch, scale.core_steps, scale.seeds,
-                 micro=scale.micro, scalar_lr=scale.scalar_lr)  # fmt: skip
+                 micro=scale.micro, scalar_lr=scale.scalar_lr, schedule=scale.schedule)  # fmt: skip
     batches = [replace(core, name=f"batch {b}", batch=b, steps=steps) for b, steps in scale.batches]
     long = replace(core, name="error feedback", kind="fraction", steps=scale.long_steps, with_steps=False)
     widths = [
@@ -225,6 +228,7 @@ SCALES: Mapping[str, Scale] = {
         widths=(768, 384, 1536),
         micro=16,
         scalar_lr=2e-3,
+        schedule="trapezoid",
     ),
 }
-"""By the name that --preset takes. "160m" is the size and schedule of microsoft/dion's recipe, for a GPU."""
+"""By the name that --preset takes. "160m" is the size and schedule of microsoft/dion's recipe: bring a GPU and a text."""

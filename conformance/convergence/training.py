@@ -18,7 +18,8 @@ from conformance.convergence.variants import VARIANTS, VariantPort
 from conformance.convergence.workloads import Spec, load, matrix_names
 
 WARM_UP = 0.05
-SCHEDULES = ("linear", "constant")
+SCHEDULES = ("linear", "trapezoid", "constant")
+WARM_DOWN = 0.2
 DIVERGED = 3.0
 """A training loss this many times the first one ends the run."""
 
@@ -35,7 +36,8 @@ class Run:
         steps: the step budget; the rate reaches zero after it.
         lr: largest rate of the matrices.
         seed: of weights, batches and Dion's first Q.
-        schedule: "linear" warms up over 5% of the steps and decays to zero; "constant" warms up only.
+        schedule: all warm up over 5% of the steps; "linear" then decays to zero, "trapezoid" does so over the last 20%
+            only, "constant" never.
         scalar_lr, scalar_betas: of AdamW for everything that is no matrix, whatever the rule.
         micro: largest batch of one forward pass; 0 for all at once. Gradients of the parts are averaged.
     """
@@ -61,7 +63,9 @@ class Run:
         """The factor on the rates at a step, counted from 0."""
         warm = max(1, round(WARM_UP * self.steps))
         rising = min(1.0, (step + 1) / warm)
-        return rising if self.schedule == "constant" else min(rising, 1 - step / self.steps)
+        left = 1 - step / self.steps
+        falling = {"linear": left, "trapezoid": min(1.0, left / WARM_DOWN), "constant": 1.0}[self.schedule]
+        return min(rising, falling)
 
 
 @dataclass(frozen=True)

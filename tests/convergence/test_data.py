@@ -24,6 +24,14 @@ def test_an_unknown_text_is_named() -> None:
         find_text("koran")
 
 
+def test_a_file_of_ones_own_is_a_text(tmp_path: Path) -> None:
+    file = tmp_path / "own.txt"
+    file.write_text("àb\nàc", encoding="utf-8")
+    text = find_text(str(file))
+    assert text.symbols.tolist() == [3, 1, 0, 3, 2]
+    assert text.name == "own.txt"
+
+
 def test_held_out_text_is_never_trained_on() -> None:
     workload = load(Spec(width=32, layers=1, length=16, data="new-testament"))
     text = find_text("new-testament").symbols

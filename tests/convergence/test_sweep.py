@@ -67,7 +67,8 @@ def test_the_plan_covers_what_the_claims_need() -> None:
 def test_the_recipe_of_the_160m_preset() -> None:
     scale = SCALES["160m"]
     assert (scale.spec.width, scale.spec.layers, scale.spec.heads, scale.spec.length) == (768, 12, 6, 1024)
-    assert (scale.core_batch, scale.core_steps) == (1024, 3000)
+    assert (scale.core_batch, scale.core_steps, scale.schedule) == (1024, 3000, "trapezoid")
+    assert all(task.study.schedule == "trapezoid" for task in tasks(scale))
 
 
 class _KilledError(Exception):

@@ -50,6 +50,8 @@ def test_the_rate_warms_up_and_decays_to_zero() -> None:
     assert max(run.rate(step) for step in range(100)) == pytest.approx(0.96, abs=0.01)
     assert run.rate(99) == pytest.approx(0.01)
     assert replace(run, schedule="constant").rate(99) == 1
+    trapezoid = replace(run, schedule="trapezoid")
+    assert [trapezoid.rate(step) for step in (4, 79, 90)] == pytest.approx([1, 1, 0.5])
 
 
 def test_micro_batches_give_the_whole_batch_s_step() -> None:
