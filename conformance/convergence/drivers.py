@@ -63,12 +63,18 @@ Step = Callable[..., tuple[Tensor, Any]]
 
 
 class FunctionalDriver:
-    """Drives a pair of pure functions, one parameter at a time."""
+    """Drives a pair of pure functions, one parameter at a time: the whole of what a functional port needs.
+
+    Args:
+        init: `init(param, hyper, name=name) -> state`.
+        step: `step(param, grad, state, hyper) -> (param, state)`.
+        parameters: by name; written in place.
+        hyper: by learning rate, what `init` (with rate zero) and `step` are given.
+    """
 
     def __init__(
         self, init: Init, step: Step, parameters: Mapping[str, Tensor], hyper: Callable[[float], Any]
     ) -> None:
-        """See `functional_driver`."""
         self._step, self._hyper, self._parameters = step, hyper, parameters
         self._states = {name: init(p.detach(), hyper(0.0), name=name) for name, p in parameters.items()}
 

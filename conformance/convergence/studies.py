@@ -231,4 +231,4 @@ SCALES: Mapping[str, Scale] = {
         schedule="trapezoid",
     ),
 }
-"""By the name that --preset takes. "160m" is the size and schedule of microsoft/dion's recipe: bring a GPU and a text."""
+"""By the name that --preset takes. "160m" is the size and schedule of microsoft/dion: bring a GPU and a text."""
