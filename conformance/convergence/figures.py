@@ -142,7 +142,7 @@ def steps(measured: Measured) -> Figure | None:
     )
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(
-        "steps to AdamW's loss, over AdamW's steps (left of the line: fewer); 95% intervals over seeds"
+        "steps to AdamW's loss, over AdamW's steps\n(left of the line: fewer; bars: 95% intervals over seeds)"
     )
     _clean(axes)
     return figure
@@ -184,11 +184,12 @@ def _fraction_panel(axes: Axes, measured: Measured, study: str) -> None:
         else:
             axes.axhline(found.mean, color=color(label), lw=1.4, ls="--", label=label)
             axes.axhspan(found.low, found.high, color=color(label), alpha=0.12, lw=0)
-    for name, points in lines.items():
+    for place, (name, points) in enumerate(lines.items()):
         points.sort()
+        shift = 1 + 0.03 * place  # so that bars do not hide each other
         errors = list(zip(*(_bars(one) for _, one in points), strict=True))
         axes.errorbar(
-            [x for x, _ in points],
+            [x * shift for x, _ in points],
             [one.mean for _, one in points],
             yerr=errors,
             marker="o",
@@ -286,7 +287,7 @@ def singular_values(spectra: Mapping[str, Sequence[float]]) -> Figure:
     for name, values in spectra.items():
         shown = [value for value in values if value > 1e-9]
         rule = name.partition(",")[0]
-        dashed = "Keller" in name
+        dashed = "Keller" in name or name == "Dion 1/4"
         own = "black" if name.startswith("exact") else color(rule)
         axes.plot(
             range(1, len(shown) + 1),
@@ -301,6 +302,9 @@ def singular_values(spectra: Mapping[str, Sequence[float]]) -> Figure:
     axes.set_xlabel("singular value, largest first; those that are zero are not drawn")
     axes.set_ylabel("singular value of the update")
     axes.set_ylim(bottom=0)
+    axes.set_title(
+        "One update of one MLP matrix, after 60 steps of the same gradients", fontsize=10, loc="left"
+    )
     axes.legend(frameon=False, fontsize=8)
     _clean(axes)
     return figure

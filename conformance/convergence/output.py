@@ -134,7 +134,7 @@ INTERVALS = (
 )
 COLUMNS = (
     "rule",
-    "lr",
+    "lr, momentum",
     "held-out loss",
     "steps to AdamW's loss",
     "over AdamW's",
@@ -148,10 +148,13 @@ def _cells(measured: Measured, result: Result) -> tuple[str, ...]:
     steps = measured.steps(study, label)
     reached = show(interval(list(steps.values())), 0) if steps else "-"
     lr = f"{result.tuned.run.lr:.4g}" + (" (edge)" if result.tuned.at_edge else "")
-    betas = dict(result.tuned.run.hyper).get("betas")
+    hyper = dict(result.tuned.run.hyper)
+    momentum = f", mu {hyper['mu']:g}" if "mu" in hyper else ""
+    if "betas" in hyper:
+        momentum = f", betas {hyper['betas'][0]:g}, {hyper['betas'][1]:g}"
     return (
         label,
-        lr + (f", betas {betas[0]:g}, {betas[1]:g}" if betas else ""),
+        lr + momentum,
         show(measured.within(study)[label]),
         reached,
         show(interval(list(measured.ratios(study, label).values()))) if steps else "-",
