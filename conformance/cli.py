@@ -1,10 +1,11 @@
-"""The command line: `conformance run`, `certify`, `port`, `meshes`, `mutants` and `vectors`."""
+"""The command line; each command lives beside what it runs."""
 
 from __future__ import annotations
 
 import typer
 
 from conformance.certify.command import certify
+from conformance.convergence.command import converge
 from conformance.job.command import run
 from conformance.mutants.command import mutants
 from conformance.port.command import port
@@ -23,6 +24,7 @@ app.command("port")(port)
 app.command("mutants")(mutants)
 app.command("meshes")(meshes)
 app.add_typer(vectors, name="vectors")
+app.add_typer(converge, name="converge")
 
 
 def main() -> None:

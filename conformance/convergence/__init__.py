@@ -1,0 +1,1 @@
+"""What training shows: the public claims measured, and the convergence gate (level L5)."""

@@ -1,0 +1,201 @@
+"""Sweeps: planned to fit, resumed after a kill, finished in time, and reported with what was dropped."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conformance.convergence.claims import Measured, verdicts
+from conformance.convergence.drivers import BestPort
+from conformance.convergence.job import key, run_sweep
+from conformance.convergence.planning import Clock, make_plan
+from conformance.convergence.store import Store
+from conformance.convergence.studies import ENTRIES, SCALES, Scale, Study, Task, tasks
+from conformance.convergence.sweep import Result, Sweep
+from conformance.convergence.training import Outcome, Run
+from conformance.convergence.tuning import Tuned
+from conformance.convergence.workloads import Spec
+
+TINY = Spec(width=32, layers=1, length=8, data="new-testament")
+SCALE = Scale(4, 8, ((8, 6), (2, 6)), 10, (32, 64), TINY, seeds=2, vision_steps=4, images="digits")
+STUDY = Study("core", "batch", TINY, 4, 8, seeds=2)
+MUON = Task(STUDY, ENTRIES["Muon"])
+ADAMW = Task(STUDY, ENTRIES["AdamW"])
+
+
+def test_a_plan_fits_and_names_what_it_drops() -> None:
+    every = tasks(Scale())
+    plan = make_plan(every, lambda task: 60.0, 600.0, clock=lambda: 0.0)
+    assert plan.total <= 600
+    assert len(plan.taken) == 9
+    assert set(plan.taken) | set(plan.dropped) == set(every)
+
+
+def test_a_plan_without_a_budget_takes_everything() -> None:
+    every = tasks(Scale())
+    assert make_plan(every, lambda task: 1e9, None).taken == tuple(every)
+
+
+def test_nothing_that_needs_a_reference_is_taken_without_it() -> None:
+    plan = make_plan(
+        tasks(Scale()), lambda task: 1e9 if task.entry.algorithm == "adamw" else 1.0, 100.0, clock=lambda: 0.0
+    )
+    assert not any(task.study.with_steps for task in plan.taken)
+
+
+def test_the_plan_covers_what_the_claims_need() -> None:
+    every = tasks(Scale())
+    labels = {task.entry.label for task in every}
+    for rule in ("AdamW", "Lion", "Muon", "NorMuon"):
+        assert rule in labels
+    for mark in ("1", "1/2", "1/4", "1/8", "1/16"):
+        assert {f"Dion {mark}", f"Orth-Dion {mark}"} <= labels
+    for mark in ("1", "1/2", "1/4", "1/8"):
+        assert {f"Dion2 {mark}", f"Dion3 {mark}"} <= labels
+    batches = {task.study.batch for task in every if task.study.kind == "batch"}
+    assert max(batches) / min(batches) >= 100
+    assert {64, 128, 256, 384} <= {task.study.spec.width for task in every}
+    assert {"vit", "resnet", "gpt"} == {task.study.spec.kind for task in every}
+    assert len({key(task) for task in every}) == len(every)
+
+
+def test_the_recipe_of_the_160m_preset() -> None:
+    scale = SCALES["160m"]
+    assert (scale.spec.width, scale.spec.layers, scale.spec.heads, scale.spec.length) == (768, 12, 6, 1024)
+    assert (scale.core_batch, scale.core_steps, scale.schedule) == (1024, 3000, "trapezoid")
+    assert all(task.study.schedule == "trapezoid" for task in tasks(scale))
+
+
+class _KilledError(Exception):
+    pass
+
+
+def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    trained: list[Run] = []
+
+    def count(run: Run, outcome: Outcome, fresh: bool) -> None:
+        if fresh:
+            trained.append(run)
+        if len(trained) == limit:
+            raise _KilledError
+
+    limit = -1
+    whole = Sweep(Store(tmp_path / "whole"), BestPort(), on_run=count).do(MUON)
+    total = len(trained)
+    trained.clear()
+    limit = 4
+    with pytest.raises(_KilledError):
+        Sweep(Store(tmp_path / "cut"), BestPort(), on_run=count).do(MUON)
+    first = list(trained)
+    trained.clear()
+    limit = -1
+    resumed = Sweep(Store(tmp_path / "cut"), BestPort(), on_run=count).do(MUON)
+    assert not set(first) & set(trained)
+    assert len(first) + len(trained) == total
+    assert whole is not None
+    assert resumed is not None
+    assert (resumed.tuned, resumed.losses) == (whole.tuned, whole.losses)
+
+
+def test_a_file_cut_off_in_the_middle_is_trained_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    run = STUDY.run(MUON.entry, 0.02, 0, 2)
+    store.put(run, Outcome((2.0, 1.0), 1.0, 0.1, 0.1, "x"))
+    assert store.get(run) == Outcome((2.0, 1.0), 1.0, 0.1, 0.1, "x")
+    file = tmp_path / "runs" / f"{run.key}.json"
+    file.write_text(file.read_text()[:40])
+    assert store.get(run) is None
+    store.put(run, Outcome((2.0,), float("inf"), 0.1, 0.1, "x"))
+    found = store.get(run)
+    assert found is not None
+    assert found.held_out == float("inf")
+
+
+def test_nothing_is_started_that_would_pass_the_deadline(tmp_path: Path) -> None:
+    sweep = Sweep(Store(tmp_path), BestPort(), deadline=time.monotonic() + 100, seconds_of=lambda run: 1000.0)
+    assert sweep.do(MUON) is None
+    assert not list((tmp_path / "runs").iterdir())
+
+
+def test_the_target_is_bracketed_for_every_seed(tmp_path: Path) -> None:
+    sweep = Sweep(Store(tmp_path), BestPort())
+    for task in (ADAMW, MUON):
+        result = sweep.do(task)
+        assert result is not None
+        assert 0 not in {seed for by_seed in result.losses.values() for seed in by_seed}  # the search's seed
+    measured = Measured(sweep.results)
+    target = measured.target("core")
+    assert target is not None
+    for result in sweep.results:
+        smallest, largest = min(result.losses), max(result.losses)
+        if smallest > 8 // 4 + 1:  # not at the end of what is tried
+            assert all(loss > target for loss in result.losses[smallest].values())
+        if largest < 20:
+            assert all(loss <= target for loss in result.losses[largest].values())
+
+
+def _result(study: Study, label: str, losses: dict[int, dict[int, float]]) -> Result:
+    task = Task(study, ENTRIES[label])
+    run = study.run(task.entry, 0.02, 0, study.steps)
+    return Result(task, Tuned(run, ((0.02, 1.0),), False, 3), losses, 0.01, 0.001, "x")
+
+
+def test_verdicts_from_made_up_losses() -> None:
+    large = replace(STUDY, name="batch 400", batch=400)
+    seeds = (1, 2, 3)
+
+    def curve(factor: float) -> dict[int, dict[int, float]]:
+        # straight in the logarithm of the steps, so that the interpolation is exact
+        return {s: {i: 3 - 0.1 * math.log2(s / factor) + 1e-4 * i for i in seeds} for s in (2, 4, 8, 16)}
+
+    results = [
+        _result(STUDY, "AdamW", curve(1.0)),
+        _result(STUDY, "Muon", curve(0.8)),
+        _result(STUDY, "Dion 1", curve(1.3)),
+        _result(STUDY, "Dion 1/4", curve(4.0)),
+        _result(large, "AdamW", curve(1.0)),
+        _result(large, "Muon", curve(0.6)),
+    ]
+    found = {(one.claim, one.setting): one for one in verdicts(Measured(results))}
+    by_claim = {claim: one.verdict for (claim, _), one in found.items()}
+    assert by_claim["fewer steps than AdamW to the same loss (Muon)"] == "shown"
+    assert by_claim["fewer steps than AdamW to the same loss (Dion 1)"] == "contradicted at this scale"
+    assert by_claim["the margin over AdamW grows with the batch size (Muon)"] == "shown"
+    assert by_claim["error feedback pays"] == "not measured"
+    core = found["fewer steps than AdamW to the same loss (Muon)", Measured(results).setting("core")]
+    assert core.effect == pytest.approx(0.8, rel=1e-6)
+    assert core.low <= core.effect <= core.high
+    near = [one for (claim, _), one in found.items() if claim.startswith("a quarter of the rank")]
+    assert [one.verdict for one in near] == ["contradicted at this scale"]
+
+
+def test_step_times_are_measured_once() -> None:
+    clock = Clock(BestPort())
+    first = clock.step(MUON)
+    known = dict(clock.known)
+    assert first > 0
+    assert clock.step(MUON) == first
+    assert clock.known == known
+    assert clock.seconds(ADAMW) > clock.seconds(MUON) > 8 * first
+
+
+def test_a_budget_is_kept_and_everything_is_written(tmp_path: Path) -> None:
+    began = time.monotonic()
+    status = run_sweep(SCALE, tmp_path, 0.25, "cpu")
+    assert time.monotonic() - began < 25
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert status == (1 if content["unfinished"] else 0)
+    assert "core: AdamW" in content["done"]
+    assert content["dropped"]
+    for name in ("losses.csv", "claims.csv", "report.md", *content["figures"]):
+        assert (tmp_path / name).stat().st_size > 100
+    report = (tmp_path / "report.md").read_text()
+    assert all(name in report for name in content["dropped"])
+    assert {one["verdict"] for one in content["claims"]} <= {
+        "shown", "not shown at this scale", "contradicted at this scale", "not measured"
+    }  # fmt: skip

@@ -1,0 +1,68 @@
+"""The search: the best is never at an edge that could have been moved."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from conformance.convergence.training import Run
+from conformance.convergence.tuning import FACTOR, LARGEST_EXTENSION, snapped, tune
+from conformance.convergence.workloads import Spec
+
+RUN = Run(Spec(), "muon", (), 8, 10, 0.0, 0)
+ADAMW = Run(Spec(), "adamw", (("betas", (0.9, 0.95)),), 8, 10, 0.0, 0)
+
+
+def parabola(best: float) -> object:
+    return lambda run: (math.log(run.lr) - math.log(best)) ** 2
+
+
+@pytest.mark.parametrize("best", [0.0003, 0.004, 0.02, 0.9])
+def test_the_grid_grows_until_the_best_is_inside(best: float) -> None:
+    found = tune(RUN, parabola(best), 0.02)  # type: ignore[arg-type]
+    assert abs(math.log(found.run.lr / best, FACTOR)) <= 0.5 + 1e-9
+    rates = [lr for lr, _ in found.tried]
+    assert min(rates) < found.run.lr < max(rates)
+    assert not found.at_edge
+
+
+def test_a_loss_without_a_minimum_is_reported_as_at_the_edge() -> None:
+    found = tune(RUN, lambda run: -run.lr, 0.02)
+    assert found.at_edge
+    assert found.runs == 3 + LARGEST_EXTENSION
+
+
+def test_rates_that_diverge_are_worse_than_any() -> None:
+    found = tune(RUN, lambda run: math.inf if run.lr > 0.003 else 1 - run.lr, 0.02)
+    assert found.run.lr == pytest.approx(0.0025)
+    assert not found.at_edge
+
+
+def test_betas_are_searched_beyond_the_grid() -> None:
+    def loss(run: Run) -> float:
+        first, second = dict(run.hyper)["betas"]
+        rate = (math.log(run.lr) - math.log(0.01)) ** 2
+        return (
+            rate + (math.log(1 - first) - math.log(0.4)) ** 2 + (math.log(1 - second) - math.log(0.005)) ** 2
+        )
+
+    found = tune(ADAMW, loss, 0.02)
+    assert dict(found.run.hyper)["betas"] == (0.6, 0.995)
+    assert found.run.lr == pytest.approx(0.01)
+
+
+def test_no_run_is_asked_for_twice() -> None:
+    asked = []
+
+    def loss(run: Run) -> float:
+        asked.append(run)
+        return (math.log(run.lr) - math.log(0.005)) ** 2
+
+    found = tune(ADAMW, loss, 0.02)
+    assert len(asked) == len(set(asked)) == found.runs
+
+
+def test_rates_lie_on_one_grid() -> None:
+    assert snapped(0.011) == snapped(0.01) == 0.01
+    assert snapped(0.019) == pytest.approx(0.02)
