@@ -23,6 +23,7 @@ __all__ = [
     "across",
     "agreed_maximum",
     "averaged",
+    "by_row",
     "elementwise",
     "from_local",
     "norm",
@@ -33,6 +34,7 @@ __all__ = [
     "reduced",
     "relaid",
     "scattered",
+    "shards",
     "transposed",
     "whole_dim",
 ]
@@ -189,6 +191,28 @@ def transposed(stack: Tensor) -> Tensor:
     placements = algebra.of_transposed(stack.placements)
     shape = (stack.shape[0], stack.shape[2], stack.shape[1])
     return from_local(stack.to_local().mT, stack.device_mesh, placements, shape)
+
+
+def by_row(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
+    """``[N, k, m]`` from a function of row indices, so placed that ``product(by_row(f, X), X)`` needs no assembly.
+
+    Args:
+        function: maps the indices ``[j]`` of some of the m rows to ``[k, j]``; the same for each of the N matrices.
+        stack: ``[N, m, n]``.
+    """
+    index = torch.arange(stack.shape[1], device=stack.device)
+    if not isinstance(stack, DTensor):
+        return function(index).expand(stack.shape[0], -1, -1)
+    mesh = stack.device_mesh
+    here = placed(index.view(1, -1, 1), mesh, algebra.of_row_values(stack.placements)).view(-1)
+    local = function(here).expand(stack.to_local().shape[0], -1, -1)
+    placements = algebra.of_transposed(algebra.of_only_rows(stack.placements))
+    return from_local(local, mesh, placements, (stack.shape[0], local.shape[1], stack.shape[1]))
+
+
+def shards(stack: Tensor, dim: int) -> bool:
+    """Whether some axis shards ``dim``."""
+    return isinstance(stack, DTensor) and bool(algebra.axes_sharding(stack.placements, dim))
 
 
 def product(left: Tensor, right: Tensor) -> Tensor:

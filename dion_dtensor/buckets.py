@@ -88,6 +88,11 @@ class Bucket:
             return "assembled with its whole parameter"
         if not any(form.entry.axes_sharding(dim) for dim in (0, 1)):
             return "local"
+        short = 0 if form.entry.shape[0] <= form.entry.shape[1] else 1
+        if self.group.get("path") == "gram" and not form.entry.axes_sharding(short):
+            return "Gram matrices alone"
+        if self.group.get("orthonormalize") == "rcqr":
+            return "r x r factors alone"
         return self.rule.way
 
     def _scale(self) -> Tensor:

@@ -40,6 +40,8 @@ class Muon(OrthonormalOptimizer):
         norm_factor: factor on the norm before the polynomial; None for the one that belongs to the polynomial.
         scale: "spectral_norm" (sqrt(m/n)), "keller" (sqrt(max(1, m/n))), "moonlight" (0.2 sqrt(max(m, n))), "nvidia"
             (sqrt(max(m, n))), or None, by the full shape of the logical matrix.
+        path: "assemble" (also "auto") brings whole matrices together; "gram" sends their small Gram matrices alone
+            where only the long side is sharded, in float32 or wider.  The result is the same up to rounding.
         common: weight decay, precision, compilation, replicas: see :class:`~dion_dtensor.optimizer.Common`.
     """
 
@@ -56,12 +58,14 @@ class Muon(OrthonormalOptimizer):
         epsilon_rule: str = "add",
         norm_factor: float | None = None,
         scale: str | None = "spectral_norm",
+        path: str = "auto",
         **common: Unpack[Common],
     ) -> None:
         options = {
             "mu": mu,
             "nesterov": nesterov,
             "momentum": momentum,
+            "path": path,
             "polynomial": _named(polynomial),
             "epsilon": epsilon,
             "epsilon_rule": epsilon_rule,
@@ -131,6 +135,8 @@ class Dion(OrthonormalOptimizer):
         mu: 1 minus the part of the approximation that the error feedback takes from the momentum.
         rank_fraction: r = rank_multiple * ceil(rank_fraction * min(m, n) / rank_multiple), at most min(m, n).
         rank_multiple: see ``rank_fraction``.
+        orthonormalize: "qr" assembles P, m x r, and takes its Householder QR; "rcqr" (randomized Cholesky QR) leaves
+            its rows where they are, and sends r x r and 1.25 r x r.
         right_factor: "normalize" the columns of Q, or "orthonormalize" them (Orth-Dion, arXiv 2605.16341).
         epsilon: added to the column norms of Q.
         scale: as for :class:`Muon`.
@@ -149,6 +155,7 @@ class Dion(OrthonormalOptimizer):
         *,
         rank_fraction: float = 1.0,
         rank_multiple: int = 1,
+        orthonormalize: str = "qr",
         right_factor: str = "normalize",
         epsilon: float = 1e-8,
         scale: str | None = "spectral_norm",
@@ -160,6 +167,7 @@ class Dion(OrthonormalOptimizer):
             "mu": mu,
             "rank_fraction": rank_fraction,
             "rank_multiple": rank_multiple,
+            "orthonormalize": orthonormalize,
             "right_factor": right_factor,
             "epsilon": epsilon,
             "scale": scale,

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["normal"]
+__all__ = ["normal", "signs"]
 
 MASK = 0xFFFFFFFF
 MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -43,6 +43,25 @@ def normal(rows: int, columns: int, *, seed: int, name: str, matrix: int = 0) ->
         length = (-2 * radius.log()).sqrt()
         values += [length * (2 * math.pi * angle).cos(), length * (2 * math.pi * angle).sin()]
     return torch.stack(values, dim=-1).reshape(rows, 4 * blocks)[:, :columns].contiguous()
+
+
+def signs(rows: int, columns: Tensor) -> Tensor:
+    """Random signs, the same whoever asks.
+
+    Args:
+        rows: how many.
+        columns: ``[j]``, indices of the columns that are asked for.
+
+    Returns:
+        ``[rows, j]`` of 1 and -1, int64, on the device of ``columns``.
+    """
+    blocks = torch.arange(-(-rows // 128), device=columns.device).unsqueeze(1)
+    zero = torch.zeros_like(blocks * columns)
+    words = torch.stack(
+        _philox((blocks + zero, columns + zero, zero, zero + 1), (0, 0)), dim=1
+    )  # [blocks, 4, j]
+    bits = torch.arange(32, device=columns.device).view(1, 1, 32, 1)
+    return (1 - 2 * ((words.unsqueeze(2) >> bits) & 1)).flatten(0, 2)[:rows]
 
 
 def _philox(counter: tuple[Tensor, ...], key: tuple[int, int]) -> tuple[Tensor, ...]:

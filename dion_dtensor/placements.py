@@ -18,6 +18,7 @@ __all__ = [
     "axes_sharding",
     "of_apart",
     "of_exchanged",
+    "of_only_rows",
     "of_pending",
     "of_product",
     "of_reduced",
@@ -75,6 +76,12 @@ def of_apart(placements: Placements) -> Placements:
 def axes_sharding(placements: Placements, dim: int) -> tuple[int, ...]:
     """The axes that shard ``dim``."""
     return tuple(axis for axis, p in enumerate(placements) if shard_dim(p) == dim)
+
+
+@constant
+def of_only_rows(placements: Placements) -> Placements:
+    """The shards of rows, and of the stack's own dim."""
+    return tuple(p if shard_dim(p) in (0, 1) else Replicate() for p in placements)
 
 
 @constant

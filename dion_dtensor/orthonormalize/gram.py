@@ -18,7 +18,15 @@ from torch import Tensor
 
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 
-__all__ = ["gram_newton_schulz", "iterate", "iteration_dtype", "normalized", "segments", "symmetric_product"]
+__all__ = [
+    "gram_newton_schulz",
+    "gram_polynomial",
+    "iterate",
+    "iteration_dtype",
+    "normalized",
+    "segments",
+    "symmetric_product",
+]
 
 # Without bf16 units a CPU multiplies bf16 matrices 20 to 250 times slower than float32 ones (measured, AVX2).
 CPU_HAS_BF16 = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
@@ -154,6 +162,21 @@ def iterate(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int]
             assert Q is not None
             X = Q @ X
     return X.clone() if X is stack else X
+
+
+def gram_polynomial(R: Tensor, coefficients: Coefficients) -> Tensor:
+    """What some iterations multiply ``X`` with: a polynomial in ``R = X X^T``, ``[N, n, n]``.
+
+    Args:
+        R: ``[N, n, n]``, of matrices that were normalised before.
+        coefficients: triples ``(a, b, c)`` of these iterations.
+    """
+    identity = torch.eye(R.shape[-1], dtype=R.dtype, device=R.device)
+    Q = identity.expand_as(R)
+    for a, b, c in coefficients:
+        Z = a * identity + torch.baddbmm(R, R, R, beta=b, alpha=c)
+        Q, R = Z @ Q, Z @ R @ Z
+    return Q
 
 
 # Opaque to the compiler, which would make a kernel of each copy.

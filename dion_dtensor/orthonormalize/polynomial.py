@@ -111,4 +111,5 @@ def newton_schulz(
         gram = X @ X.mT
         polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         X = torch.baddbmm(X, polynomial, X, beta=a)
-    return X.mT if tall else X
+    # Contiguous, so that sums over the result run in the same order however many matrices there are.
+    return X.mT.contiguous() if tall else X

@@ -23,6 +23,7 @@ from dion_dtensor.assembly import (
 )
 from dion_dtensor.orthonormalize import orthonormal_basis
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
+from dion_dtensor.rules.sharded_basis import sharded_basis
 from dion_dtensor.rules.shared import check_fraction, check_mu
 
 __all__ = ["DION"]
@@ -34,6 +35,7 @@ class Hyper(NamedTuple):
     mu: Scalar
     epsilon: Scalar
     transposed: bool
+    orthonormalize: str
     right_factor: str
     compute_dtype: torch.dtype
 
@@ -54,7 +56,11 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
 
     lengths = norm(Q, (-2,))
     roundings = elementwise(torch.mul, lengths, norm(B, (-2, -1)))
-    P = on_whole_matrices(orthonormal_basis, product(B, Q), roundings)
+    A = product(B, Q)
+    if hyper.orthonormalize == "rcqr":
+        P = sharded_basis(reduced(A), roundings)
+    else:
+        P = on_whole_matrices(orthonormal_basis, A, roundings)
     R = reduced(product(transposed(B), P))
     feedback = _outer(P, R, hyper.compute_dtype)
     B = elementwise(lambda B, PR: B - (1 - hyper.mu) * PR, B, feedback)
@@ -107,6 +113,8 @@ def check(group: Mapping[str, Any]) -> None:
     """Refuse hyperparameters outside their range."""
     check_mu(group)
     check_fraction("rank_fraction", group)
+    if group["orthonormalize"] not in ("qr", "rcqr"):
+        raise ValueError(f"orthonormalize={group['orthonormalize']!r} must be 'qr' or 'rcqr'")
     if group["right_factor"] not in ("normalize", "orthonormalize"):
         raise ValueError(f"right_factor={group['right_factor']!r} must be 'normalize' or 'orthonormalize'")
     if int(group["rank_multiple"]) < 1:
@@ -127,6 +135,7 @@ DION = Rule(
         "mu": 0.95,
         "rank_fraction": 1.0,
         "rank_multiple": 1,
+        "orthonormalize": "qr",
         "right_factor": "normalize",
         "epsilon": 1e-8,
         "scale": "spectral_norm",

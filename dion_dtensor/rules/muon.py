@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dion_dtensor.assembly import elementwise, on_whole_matrices
 from dion_dtensor.orthonormalize.polynomial import Coefficients
+from dion_dtensor.rules.by_gram import by_gram, gram_applies
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 from dion_dtensor.rules.shared import (
     POLYNOMIAL_DEFAULTS,
@@ -29,6 +30,7 @@ class Hyper(NamedTuple):
     epsilon: Scalar
     momentum: str
     nesterov: bool
+    path: str
     coefficients: Coefficients
     epsilon_rule: str
     norm_factor: float
@@ -44,8 +46,11 @@ class State(NamedTuple):
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``."""
     momentum, direction = accumulated(grad, state.momentum, hyper)
+    stored = State(to_dtype(momentum, state.momentum.dtype))
+    if hyper.path == "gram" and gram_applies(direction):
+        return by_gram(direction, hyper), stored
     rounded = to_dtype(direction, hyper.compute_dtype)
-    return on_whole_matrices(orthonormalizer(hyper), rounded), State(to_dtype(momentum, state.momentum.dtype))
+    return on_whole_matrices(orthonormalizer(hyper), rounded), stored
 
 
 def accumulated(grad: Tensor, momentum: Tensor, hyper: Any) -> tuple[Tensor, Tensor]:
@@ -73,6 +78,13 @@ def check_momentum(group: Mapping[str, Any]) -> None:
         raise ValueError(f"momentum={group['momentum']!r} must be 'sum' or 'ema'")
 
 
+def check(group: Mapping[str, Any]) -> None:
+    """Refuse hyperparameters outside their range."""
+    check_momentum(group)
+    if group["path"] not in ("auto", "assemble", "gram"):
+        raise ValueError(f"path={group['path']!r} must be 'auto', 'assemble' or 'gram'")
+
+
 def prepare(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
     """The polynomial by its coefficients."""
     return polynomial_fields(group)
@@ -83,9 +95,9 @@ MUON = Rule(
     update=update,
     hyper=Hyper,
     state=State,
-    defaults={"mu": 0.95, "nesterov": False, "momentum": "sum", **POLYNOMIAL_DEFAULTS},
+    defaults={"mu": 0.95, "nesterov": False, "momentum": "sum", "path": "auto", **POLYNOMIAL_DEFAULTS},
     scalars=("mu", "epsilon"),
     states=states,
-    check=check_momentum,
+    check=check,
     prepare=prepare,
 )

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dion_dtensor.assembly import elementwise
-from dion_dtensor.orthonormalize import newton_schulz, resolve_polynomial
+from dion_dtensor.orthonormalize import gram_newton_schulz, newton_schulz, resolve_polynomial
 from dion_dtensor.orthonormalize.polynomial import Coefficients, norm_factor_of
 from dion_dtensor.rules.rule import Scalar
 
@@ -45,12 +45,15 @@ class PolynomialHyper(Protocol):
     def epsilon_rule(self) -> str: ...
     @property
     def norm_factor(self) -> float: ...
+    @property
+    def compute_dtype(self) -> torch.dtype: ...
 
 
 def orthonormalizer(hyper: PolynomialHyper) -> Callable[[Tensor], Tensor]:
     """The polynomial as a function of a stack of whole matrices."""
+    exact = hyper.compute_dtype == torch.float64
     return partial(
-        newton_schulz,
+        newton_schulz if exact else gram_newton_schulz,
         coefficients=hyper.coefficients,
         epsilon=hyper.epsilon,
         epsilon_rule=hyper.epsilon_rule,

@@ -96,6 +96,17 @@ def test_low_rank_rules_are_those_of_one_device(ranks: Ranks, name: str, where: 
                 assert error(ours, theirs) < 1e-11
 
 
+@pytest.mark.parametrize("where", ["4 S0", "4 S1", "2x2 R S0", "2x2 T0 S0", "2x2 S0 S1"])
+def test_other_ways_to_orthonormalize_agree(ranks: Ranks, where: str) -> None:
+    for name, way in (("muon", {"path": "gram"}), ("dion", {"orthonormalize": "rcqr"})):
+        options = {"compile": False, "steps": 1, **way}
+        single = on_one_thread(run_steps, name, None, compile=False, steps=1)
+        for result in ranks.run(layout(where).world, run_steps_with, name, layout(where), options):
+            for key in single:
+                for ours, theirs in zip(result[key], single[key], strict=True):
+                    assert error(ours, theirs) < (1e-12 if name == "muon" else 1e-9), key
+
+
 SPLIT_LAYOUTS = {
     "rows(9, 5, 5)": ["4 S0", "2x2 T0 S0", "2x2 S0 S1"],
     "heads(4)": ["4 S0", "3 S0", "2x2 T0 S0", "4 S1"],
