@@ -77,17 +77,22 @@ class Sweep:
         """The run's outcome, from the store or trained now.
 
         Raises:
-            OutOfTimeError: it would end after the deadline.
+            OutOfTimeError: it would end, or is still running, after the deadline.
         """
         found = self.store.get(run)
         fresh = found is None
         if found is None:
             if self.deadline is not None and time.monotonic() + self.seconds_of(run) > self.deadline:
                 raise OutOfTimeError
-            found = train(run, self.port, device=self.device, dtype=self.dtype)
+            found = train(run, self.port, device=self.device, dtype=self.dtype, on_step=self._check_time)
             self.store.put(run, found)
         self.on_run(run, found, fresh)
         return found
+
+    def _check_time(self, step: int, loss: float) -> None:
+        """Gives a run up where it takes longer than foreseen."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            raise OutOfTimeError
 
     def do(self, task: Task) -> Result | None:
         """Does a task and keeps its result; None if not even its rate could be found before the deadline."""

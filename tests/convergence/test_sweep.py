@@ -122,6 +122,12 @@ def test_nothing_is_started_that_would_pass_the_deadline(tmp_path: Path) -> None
     assert not list((tmp_path / "runs").iterdir())
 
 
+def test_a_run_that_is_slower_than_foreseen_is_given_up(tmp_path: Path) -> None:
+    sweep = Sweep(Store(tmp_path), BestPort(), deadline=time.monotonic() - 1, seconds_of=lambda run: -2.0)
+    assert sweep.do(MUON) is None
+    assert not list((tmp_path / "runs").iterdir())
+
+
 def test_the_target_is_bracketed_for_every_seed(tmp_path: Path) -> None:
     sweep = Sweep(Store(tmp_path), BestPort())
     for task in (ADAMW, MUON):
