@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from conformance.mutants.mutant import PRODUCTION, Applied, Mutant, attribute
 from dion_dtensor import buckets, optimizer, placements
 from dion_dtensor.orthonormalize import householder
-from dion_dtensor.rules import dion, muon
+from dion_dtensor.rules import dion, dion2, dion3, muon, normuon, shared
 from dion_dtensor.scale import scale_factor
 
 
@@ -32,13 +32,14 @@ def mutants() -> list[Mutant]:
 
     return [
         one("polynomial in bfloat16 for float64", "L1", "muon",
-            _in(muon, "newton_schulz", lambda f: lambda X, **k: f(X.bfloat16(), **k).to(X.dtype))),
+            _in(shared, "newton_schulz", lambda f: lambda X, **k: f(X.bfloat16(), **k).to(X.dtype))),
         one("epsilon clamped in place of added", "L1", "muon",
-            _in(muon, "newton_schulz", lambda f: lambda X, **k: f(X, **{**k, "epsilon_rule": "clamp"}))),
+            _in(shared, "newton_schulz", lambda f: lambda X, **k: f(X, **{**k, "epsilon_rule": "clamp"}))),
         one("norm factor of polar_express dropped", "L1", "muon",
-            _in(muon, "newton_schulz", lambda f: lambda X, **k: f(X, **{**k, "norm_factor": 1.0}))),
+            _in(shared, "newton_schulz", lambda f: lambda X, **k: f(X, **{**k, "norm_factor": 1.0}))),
         one("last step of the polynomial dropped", "L1", "muon",
-            _in(muon, "newton_schulz", lambda f: lambda X, **k: f(X, **{**k, "coefficients": k["coefficients"][:-1]}))),
+            _in(shared, "newton_schulz",
+                lambda f: lambda X, **k: f(X, **{**k, "coefficients": k["coefficients"][:-1]}))),
         one("transposed scale", "L1", "muon",
             _in(buckets, "scale_factor", lambda f: lambda scale, shape: f(scale, shape[::-1]))),
         one("decay after the update", "L1", "muon", _in(buckets.Bucket, "_apply", lambda _: _decay_last)),
@@ -47,8 +48,17 @@ def mutants() -> list[Mutant]:
         one("each shard orthonormalized by itself", "L4", "muon",
             _in(muon, "on_whole_matrices", lambda _: _shard_by_shard), "4-S0", "2x2-S0S1"),
         one("scale of a shard's shape", "L4", "muon",
-            _in(buckets.Bucket, "scale", lambda _: property(_shard_scale)), "4-S0", "2-S1"),
+            _in(buckets.Bucket, "scales", lambda _: _shard_scales), "4-S0", "2-S1"),
         one("one axis not reduced (R)", "L4", "dion", _in(dion, "reduced", lambda _: _unreduced), "4-S0", "2x2-S0S1"),
+        one("L2 norms for L1 in the choice of rows", "L1", "dion2",
+            _in(dion2, "row_sums", lambda _: lambda X: X.double().square().sum(-1))),
+        one("momentum decayed on all rows", "L1", "dion2",
+            _in(dion2, "scaled_rows", lambda _: lambda X, chosen, factor: X * factor)),
+        one("momentum decayed on no row", "L1", "dion3", _in(dion3, "scaled_rows", lambda _: lambda X, chosen, mu: X)),
+        one("one slice too few", "L1", "dion2",
+            _in(dion2, "count", lambda f: lambda share, size: max(1, f(share, size) - 1))),
+        one("rows normalized by the old variance", "L1", "normuon",
+            _in(normuon, "normalized_rows", lambda f: lambda U, v, b, e: (f(U, v / b, 1.0, e)[0], f(U, v, b, e)[1]))),
         one("norms of a shard", "L4", "dion", _in(dion, "norm", lambda _: _local_norm), "4-S0", "2x2-S0S1"),
         one("state not copied on load", "L3", "dion",
             _in(optimizer, "load_states", lambda _: lambda members, states: None), "4-S0-to-2x2-S0S1"),
@@ -67,9 +77,9 @@ def _shard_by_shard(function: Callable[..., Tensor], stack: Tensor, *others: Ten
     return _like(stack, function(stack.to_local()).contiguous())
 
 
-def _shard_scale(self: Any) -> float:
+def _shard_scales(self: Any) -> tuple[float, ...]:
     rows, columns = self.members[0].local.shape
-    return scale_factor(self.group.get("scale"), (max(rows, 1), max(columns, 1)))
+    return (scale_factor(self.group.get("scale"), (max(rows, 1), max(columns, 1))),)
 
 
 def _unreduced(tensor: Tensor) -> Tensor:
@@ -92,7 +102,7 @@ def _local_norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:
         return whole
     summed = tuple(dim % stack.ndim for dim in dims)
     squares = torch.linalg.vector_norm(stack.to_local(), dim=dims, keepdim=True)
-    placed = placements.of_reduced(placements.of_norm(stack.placements, summed))
+    placed = placements.of_reduced(placements.of_pending(stack.placements, summed, "sum"))
     shape = torch.Size(1 if dim in summed else size for dim, size in enumerate(stack.shape))
     stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(squares, stack.device_mesh, placed, run_check=False, shape=shape, stride=stride)

@@ -34,7 +34,8 @@ def sharded_basis(A: Tensor, roundings: Tensor) -> Tensor:
         if size == rows:
             identity: Tensor = torch.arange(rows, device=index.device).unsqueeze(1) == index
             return identity.to(A.dtype)
-        return signs(size, index).to(A.dtype) / size**0.5
+        drawn: Tensor = signs(size, index).to(A.dtype) / size**0.5
+        return drawn
 
     sketch = by_row(sketch_of, A)
     compressed = reduced(product(sketch, A))
