@@ -92,7 +92,8 @@ def program(rank: Rank, work: Work) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)  # DTensor tells how a redistribution could be faster
     shared = [work.folder]  # joined ranks have made one each
-    dist.broadcast_object_list(shared, src=0)
+    with watched(work.timeout, rank.index, lambda line: rank.emit(Hung(line))):
+        dist.broadcast_object_list(shared, src=0)
     adapter = find(work.adapter) if isinstance(work.adapter, str) else work.adapter
     for index, (case, dtype) in enumerate(work.cases):
         rank.emit(Started(index))
