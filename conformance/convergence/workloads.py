@@ -86,7 +86,7 @@ def matrix_names(model: nn.Module) -> tuple[str, ...]:
         for name, parameter in model.named_parameters()
         if parameter.ndim >= 2
         and name not in embeddings
-        and not name.endswith(HEADS_AND_INPUTS)
+        and name not in HEADS_AND_INPUTS
         and "pos_embedding" not in name
         and "class_token" not in name
     )

@@ -187,13 +187,13 @@ def test_step_times_are_measured_once() -> None:
     assert first > 0
     assert clock.step(MUON) == first
     assert clock.known == known
-    assert clock.seconds(ADAMW) > clock.seconds(MUON) > 8 * first
+    assert clock.seconds(MUON) > 8 * 10 * first  # the search and the seeds
 
 
 def test_a_budget_is_kept_and_everything_is_written(tmp_path: Path) -> None:
     began = time.monotonic()
-    status = run_sweep(SCALE, tmp_path, 0.25, "cpu")
-    assert time.monotonic() - began < 25
+    status = run_sweep(SCALE, tmp_path, 0.2, "cpu")
+    assert time.monotonic() - began < 20
     content = json.loads((tmp_path / "results.json").read_text())
     assert status == (1 if content["unfinished"] else 0)
     assert "core: AdamW" in content["done"]

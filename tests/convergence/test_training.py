@@ -62,7 +62,7 @@ def test_micro_batches_give_the_whole_batch_s_step() -> None:
 
 
 def test_a_run_that_diverges_ends_with_an_infinite_loss() -> None:
-    outcome = train(replace(RUN, lr=1e6, steps=60), PORT)
+    outcome = train(replace(RUN, scalar_lr=1e4, steps=60), PORT)
     assert outcome.held_out == math.inf
     assert len(outcome.losses) < 60
 
@@ -90,7 +90,7 @@ def test_vision_models_train_and_convolutions_are_matrices(kind: str, count: int
     pytest.importorskip("torchvision")
     pytest.importorskip("sklearn")
     spec = Spec(kind, 32, 2 if kind == "vit" else 1, data="digits")
-    trainer = Trainer(Run(spec, "muon", (), 8, 3, 0.02, 0), PORT)
+    trainer = Trainer(Run(spec, "muon", (), 64, 3, 0.02, 0), PORT)
     names = matrix_names(trainer.model)
     assert len(names) == count
     before = {name: p.detach().clone() for name, p in trainer.model.named_parameters()}
@@ -98,8 +98,9 @@ def test_vision_models_train_and_convolutions_are_matrices(kind: str, count: int
     parameters = dict(trainer.model.named_parameters())
     for name in names:
         update = (parameters[name] - before[name]).detach().flatten(1)
-        values = torch.linalg.svdvals(update)
-        assert values[0] < 2.5 * values[-1]  # orthonormalized, as [out, in * kernel]
+        expected = 0.02 * (update.shape[0] / update.shape[1]) ** 0.5
+        # orthonormalized as [out, in * kernel]; the smaller singular values depend on the gradient's rank
+        assert 0.8 < float(torch.linalg.matrix_norm(update, 2)) / expected < 1.2
     assert math.isfinite(trainer.held_out())
 
 
