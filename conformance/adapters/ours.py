@@ -5,14 +5,18 @@ from __future__ import annotations
 import inspect
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 import dion_dtensor
-from conformance.adapters import DTYPES, LEVELS, Capabilities, Spec
-from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter
+from conformance.adapters import DTYPES, LEVELS, Arrays, Capabilities, Spec
+from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter, array
+from dion_dtensor import matrices
+from dion_dtensor.matrices import Split
 from dion_dtensor.orthonormalize import newton_schulz
 
 CLASSES = {"muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "dion2": "Dion2", "dion3": "Dion3"}
@@ -65,6 +69,7 @@ def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
             options["polynomial"] = hyper["polynomial_name"]
         if spec.algorithm == "orth_dion":
             options["right_factor"] = "orthonormalize"
+        groups[0]["split"] = None if spec.split is None else str(make_split(spec.split))
     for key in ("lr", "weight_decay", "cautious"):
         options[key] = hyper[key]
     optimizer: torch.optim.Optimizer = kind(groups, **options)
@@ -87,17 +92,82 @@ def orthonormalize(matrix: Tensor, hyper: Mapping[str, Any]) -> Tensor:
     return result[0].to(matrix.dtype)
 
 
-adapter = TorchOptimizerAdapter(
+def make_split(data: Mapping[str, Any]) -> Split:
+    """The production split from a case's."""
+    values = [
+        tuple(value) if isinstance(value, list) else value for key, value in data.items() if key != "kind"
+    ]
+    kind = getattr(matrices, str(data["kind"]))
+    made: Split = kind(*values[0]) if data["kind"] == "Rows" else kind(*values)
+    return made
+
+
+class SplitAdapter(TorchOptimizerAdapter):
+    """Where a case has a state a piece, `variance` is one tensor of all rows here, and `Q` one of all equal pieces."""
+
+    def init(self, spec: Spec, params: Arrays) -> Any:
+        """The optimizer, with the pieces' states put together."""
+        return super().init(spec if spec.split is None else replace(spec, state=_joined(spec)), params)
+
+    def canonical_state(self, state: Any) -> Arrays:
+        """The pieces' states by the vectors' keys."""
+        named, optimizer, spec = state
+        found = super().canonical_state(state)
+        if spec.split is None:
+            return found
+        split = make_split(spec.split)
+        own = optimizer.state[dict(named)[spec.name]]
+        found = {key: value for key, value in found.items() if key not in ("variance", "Q")}
+        for index, piece in enumerate(split.pieces(spec.shape)):
+            if "variance" in own:
+                rows = split.split(own["variance"].unsqueeze(0))[index]
+                found[f"variance/{index}"] = array(rows if piece.count > 1 else rows[0])
+            Q = own.get("Q", own.get(f"Q.{index}"))
+            if Q is not None:
+                found[f"Q/{index}"] = array(Q)
+        return found
+
+
+def _joined(spec: Spec) -> Arrays:
+    """The states of a case as this package has them."""
+    assert spec.split is not None
+    split = make_split(spec.split)
+    pieces = split.pieces(spec.shape)
+    given = {key: torch.from_numpy(np.array(value)) for key, value in spec.state.items()}
+    found = {key: value for key, value in given.items() if "/" not in key}
+    if "variance/0" in given:
+        stacks = [given[f"variance/{i}"].reshape(p.count, p.m, 1) for i, p in enumerate(pieces)]
+        found["variance"] = split.merge(stacks, (*_rows_shape(spec), 1))[0]
+    for index in range(len(pieces)):
+        if f"Q/{index}" in given:
+            found["Q" if len(pieces) == 1 else f"Q.{index}"] = given[f"Q/{index}"]
+    return {key: value.numpy() for key, value in found.items()}
+
+
+def _rows_shape(spec: Spec) -> tuple[int, ...]:
+    return tuple(spec.shape[:2]) if str(make_split(spec.split or {})) == "experts" else (spec.shape[0],)
+
+
+adapter = SplitAdapter(
     Capabilities(
         name="dion_dtensor",
         algorithms=_available(),
         levels=LEVELS,
         dtypes=DTYPES,
-        features=("state", "cautious", "schedule:lr", "schedule:mu"),
+        features=(
+            "state",
+            "cautious",
+            "schedule:lr",
+            "schedule:mu",
+            *(f"split:{kind}" for kind in ("Rows", "Heads", "InterleavedRows", "Experts", "Flatten")),
+        ),
         distribution="dion-conformance",
     ),
     build,
-    state={key: key for key in ("momentum", "Q", "variance", "exp_avg", "exp_avg_sq", "step")},
+    state={
+        key: key
+        for key in ("momentum", "Q", "Q.0", "Q.1", "Q.2", "variance", "exp_avg", "exp_avg_sq", "step")
+    },
     hyper={"mu": "mu"},
     orthonormalize=orthonormalize,
 )
