@@ -71,14 +71,24 @@ def _dead(triangular: Tensor, sizes: Tensor) -> Tensor:
 
 
 def _basis_without_dead(matrix: Tensor, sizes: Tensor) -> Tensor:
-    """One matrix ``[m, r]``: drop the first dead column and start again, until none is left."""
-    kept = list(range(matrix.shape[1]))
+    """One matrix ``[m, r]``: drop the first dead column, and those after it with nothing new even to the columns before
+    it, then start again, until none is left."""
+    kept = torch.arange(matrix.shape[1], device=matrix.device)
     result = torch.zeros_like(matrix)
-    while kept:
+    while len(kept):
         basis, triangular = torch.linalg.qr(matrix[:, kept])
         dead = _dead(triangular, sizes[kept]).nonzero().flatten()
         if dead.numel() == 0:
             result[:, kept] = basis * _signs(triangular)
             break
-        del kept[int(dead[0])]
+        first = int(dead[0])
+        before, after = sizes[kept[:first]], sizes[kept[first:]]
+        coordinates = torch.linalg.solve_triangular(
+            triangular[:first, :first], triangular[:first, first:], upper=True
+        )
+        shares = torch.linalg.vector_norm(coordinates * before.unsqueeze(1), dim=0)
+        limit = DEAD_COLUMN_ROUNDINGS * torch.finfo(matrix.dtype).eps * torch.hypot(after, shares)
+        alive = torch.linalg.vector_norm(triangular[first:, first:], dim=0) > limit
+        alive[0] = False
+        kept = torch.cat((kept[:first], kept[first:][alive]))
     return result
