@@ -13,7 +13,6 @@ from conformance.port.meshes import run_meshes
 from conformance.port.runner import Selection
 from conformance.vectors import load
 
-
 OURS = (
     *("L4/muon/dion/2x2-T0S0", "L4/muon/dion/4-S0", "L4/dion/dion/2x2-S0S1", "L4/muon/dion/8-S0"),
     "L3/dion/dion/4-S0-to-2x2-S0S1",
