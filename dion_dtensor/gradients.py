@@ -142,15 +142,15 @@ def _codes(members: Sequence[Member]) -> list[int]:
 
 def _layout_code(member: Member) -> int:
     grad, layout = member.parameter.grad, member.layout
-    if grad is None:
-        return MISSING
-    if grad.is_sparse:
-        return SPARSE
     own = member.parameter
     now = StorageLayout.of(own)
     hidden = len(layout.placements) - len(now.placements)
     if now.shape != layout.shape or now.dtype != layout.dtype or now.placements != layout.placements[hidden:]:
         return MOVED
+    if grad is None:
+        return MISSING
+    if grad.is_sparse:
+        return SPARSE
     if isinstance(grad, DTensor) != isinstance(own, DTensor) or grad.shape != own.shape:
         return MISLAID
     if isinstance(grad, DTensor):
