@@ -8,11 +8,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance.certify.mutants import mutants as all_mutants
 from conformance.certify.report import show
 from conformance.certify.runner import all_cases, run, sample
+from conformance.report.live import live_bar
 
 
 def certify(
@@ -33,8 +33,7 @@ def certify(
     everything = all_cases()
     chosen = sample(everything, cases)
     wrong = all_mutants() if mutants else []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with live_bar(console) as progress:
         task = progress.add_task("", total=len(chosen) + len(wrong), completed=-1)
 
         def following(name: str) -> None:

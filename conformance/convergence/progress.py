@@ -6,13 +6,14 @@ import time
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import TextColumn
 
 from conformance.convergence.planning import Plan
 from conformance.convergence.spread import interval
 from conformance.convergence.studies import Task
 from conformance.convergence.sweep import Result
 from conformance.convergence.training import Outcome, Run
+from conformance.report.live import live_bar
 
 
 class Monitor:
@@ -30,24 +31,17 @@ class Monitor:
         self._left = plan.total
         self._spent = self._expected = 0.0
         self._trained = 0
-        self._progress: Progress | None = None
-        self._bar: TaskID | None = None
-        if console.is_terminal:
-            columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[left]} left"),
-                       TimeElapsedColumn())  # fmt: skip
-            self._progress = Progress(*columns, console=console, transient=True)
-            self._bar = self._progress.add_task("starting", total=max(plan.total, 1e-9), left=self.left())
+        self._progress = live_bar(console, TextColumn("{task.fields[left]} left"))
+        self._bar = self._progress.add_task("starting", total=max(plan.total, 1e-9), left=self.left())
 
     def __enter__(self) -> Monitor:
-        if self._progress is not None:
-            self._progress.start()
+        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._progress.stop()
 
     def left(self) -> str:
         """Time left in words."""
@@ -76,8 +70,7 @@ class Monitor:
         self._left -= expected
         if self._expected > 0:
             self.slowness = max(0.3, self._spent / self._expected)
-        if self._progress is not None and self._bar is not None:
-            self._progress.advance(self._bar, expected)
+        self._progress.advance(self._bar, expected)
         if result is None:
             said = "cut off by the deadline"
         else:
@@ -89,5 +82,4 @@ class Monitor:
         )
 
     def _show(self, name: str) -> None:
-        if self._progress is not None and self._bar is not None:
-            self._progress.update(self._bar, description=name, left=self.left())
+        self._progress.update(self._bar, description=name, left=self.left())

@@ -11,9 +11,10 @@ from typing import Annotated
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
+
+from conformance.report.live import live_bar
 
 
 def mutants(
@@ -42,8 +43,7 @@ def mutants(
     ]
     if not chosen:
         raise typer.BadParameter("no mutant has such a name")
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with live_bar(console) as progress:
         task = progress.add_task("", total=len(chosen))
 
         def following(catch: Catch) -> None:

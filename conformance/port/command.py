@@ -11,13 +11,13 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from conformance.adapters import DTYPES, AdapterError, Capabilities, find
 from conformance.port import output
 from conformance.port.grading import Verdict
 from conformance.port.runner import Run, Selection, jobs, run_vectors
 from conformance.port.selection import SelectionError, check_known, levels_of, read_known
+from conformance.report.live import live_bar
 from conformance.vectors import VectorError, VectorSet, load
 
 
@@ -152,8 +152,7 @@ def run_port(
 ) -> Run:
     """All selected levels, with a bar on a terminal."""
     total = sum(known is None for _, _, known in jobs(claims, vectors, selection))
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with live_bar(console) as progress:
         task = progress.add_task("", total=total)
 
         def following(verdict: Verdict) -> None:

@@ -8,12 +8,12 @@ from types import TracebackType
 
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from rich.text import Text
 
 from conformance.job.events import Started, Stepped
 from conformance.job.results import SIMULATED, Row
+from conformance.report.live import live_bar
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -29,28 +29,17 @@ class Monitor:
         self.console = console
         self.began = time.monotonic()
         self.rows: list[Row] = []
-        self._progress: Progress | None = None
-        self._task: TaskID | None = None
-        if console.is_terminal:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-            )
-            self._progress = Progress(*columns, console=console, transient=True)
-            self._task = self._progress.add_task("starting the ranks", total=runs * steps + simulated)
+        self._progress = live_bar(console)
+        self._task = self._progress.add_task("starting the ranks", total=runs * steps + simulated)
 
     def __enter__(self) -> Monitor:
-        if self._progress is not None:
-            self._progress.start()
+        self._progress.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._progress is not None:
-            self._progress.stop()
+        self._progress.stop()
 
     def __call__(self, rank: int, event: object) -> None:
         """Takes an event of the job; keeps the rows."""
@@ -71,12 +60,10 @@ class Monitor:
         return trained + sorted(simulated, key=lambda row: (row.optimizer != "muon", row.mesh))
 
     def _advance(self) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.advance(self._task)
+        self._progress.advance(self._task)
 
     def _describe(self, text: str) -> None:
-        if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, description=text)
+        self._progress.update(self._task, description=text)
 
     def _line(self, row: Row) -> None:
         seconds = time.monotonic() - self.began

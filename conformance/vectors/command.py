@@ -10,8 +10,8 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from conformance.report.live import live_bar
 from conformance.vectors.loader import FOLDER, VectorSet, load
 from conformance.vectors.tensors import VectorError
 
@@ -23,8 +23,7 @@ app = typer.Typer(
 @contextmanager
 def _progress(total: int) -> Iterator[Callable[[str], None]]:
     console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+    with live_bar(console) as progress:
         task = progress.add_task("", total=total)
         yield lambda name: progress.update(task, description=name[:48].ljust(48), advance=1)
 
