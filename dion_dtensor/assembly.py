@@ -26,6 +26,7 @@ __all__ = [
     "by_row",
     "elementwise",
     "from_local",
+    "local_of",
     "norm",
     "on_whole_matrices",
     "own_shard",
@@ -104,7 +105,7 @@ def averaged(local: Tensor, layout: StorageLayout, axes: Sequence[int]) -> Tenso
     """``local``, a shard in ``layout``, averaged over the ranks of ``axes``."""
     assert layout.mesh is not None
     pending = [Partial("avg") if axis in axes else Replicate() for axis in range(layout.mesh.ndim)]
-    return _local(reduced(from_local(local, layout.mesh, pending, tuple(local.shape))))
+    return local_of(reduced(from_local(local, layout.mesh, pending, tuple(local.shape))))
 
 
 def relaid(
@@ -120,7 +121,7 @@ def relaid(
 
 def placed(values: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
     """This rank's shard of plain ``values``, which every rank holds whole (no communication)."""
-    return _local(DTensor.from_local(values, mesh, run_check=False).redistribute(placements=placements))
+    return local_of(DTensor.from_local(values, mesh, run_check=False).redistribute(placements=placements))
 
 
 def own_shard(tensor: Tensor, layout: StorageLayout) -> Tensor:
@@ -204,9 +205,9 @@ def by_row(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
     if not isinstance(stack, DTensor):
         return function(index).expand(stack.shape[0], -1, -1)
     mesh = stack.device_mesh
-    here = placed(index.view(1, -1, 1), mesh, algebra.of_row_values(stack.placements)).view(-1)
+    here = placed(index.view(1, -1, 1), mesh, algebra.of_only(stack.placements, (1,))).view(-1)
     local = function(here).expand(stack.to_local().shape[0], -1, -1)
-    placements = algebra.of_transposed(algebra.of_only_rows(stack.placements))
+    placements = algebra.of_transposed(algebra.of_only(stack.placements, (0, 1)))
     return from_local(local, mesh, placements, (stack.shape[0], local.shape[1], stack.shape[1]))
 
 
@@ -247,7 +248,7 @@ def across(local: Tensor, stack: Tensor, operation: str, dims: tuple[int, ...]) 
         return local
     placements = algebra.of_pending(stack.placements, dims, operation)
     shape = tuple(1 if dim in dims else size for dim, size in enumerate(stack.shape))
-    return _local(reduced(from_local(local, stack.device_mesh, placements, shape)))
+    return local_of(reduced(from_local(local, stack.device_mesh, placements, shape)))
 
 
 def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -255,13 +256,13 @@ def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(values, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
 
 
-def _local(tensor: Tensor) -> Tensor:
-    assert isinstance(tensor, DTensor)
-    return tensor.to_local()
-
-
 def _padded(local: Tensor, padding: int) -> Tensor:
     return torch.cat((local, local.new_zeros((padding, *local.shape[1:])))) if padding else local
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The local shard of a DTensor, a plain tensor itself."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def from_local(

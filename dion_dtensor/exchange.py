@@ -16,6 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 
 from dion_dtensor.layout import owners
+from dion_dtensor.placements import axes_sharding, constant
 
 __all__ = ["fetch_rows", "return_rows", "route"]
 
@@ -57,12 +58,25 @@ class Route:
                 where[:, axis] = EVERYWHERE
         return where
 
+    def here_of(self, at: Tensor) -> Tensor:
+        """Which of the rows (or matrices) with coordinates ``at`` this rank has."""
+        return ((at == torch.tensor(self.here)) | (at == EVERYWHERE)).all(dim=1)
+
+    def own(self, matrices: int) -> range:
+        """The matrices that this rank works on."""
+        start, length = 0, matrices
+        for size, here, split in zip(self.sizes, self.here, self.split, strict=True):
+            if split:
+                length //= size
+                start += here * length
+        return range(start, start + length)
+
 
 _routes: list[Route] = []
 _known: dict[object, int] = {}
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+@constant
 def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split: tuple[int, ...]) -> int:
     """The number of the route for stacks ``[N, rows, n]`` with ``placements``; an operator takes no other handle.
 
@@ -72,8 +86,6 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
         rows: of each matrix.
         split: the axes, among those, whose ranks share the matrices.
     """
-    from dion_dtensor.placements import axes_sharding
-
     key = (mesh, placements, rows, split)
     if key not in _known:
         axes = axes_sharding(placements, 1)
@@ -116,20 +128,19 @@ def fetch_rows(local: Tensor, chosen: Tensor, number: int, matrices: int) -> Ten
     picked = chosen.cpu().reshape(-1)
     workers = way.workers(matrices)[: len(chosen)].repeat_interleave(k, dim=0)
     at, keys = way.owner[picked].clone(), torch.arange(len(picked))
-    held = keys[_here(at, way)]
+    held = keys[way.here_of(at)]
     rows = local[(held // k).to(local.device), way.place[picked[held]].to(local.device)]
     for axis in range(len(way.sizes)):
         rows, held = _hop(rows, held, at, workers[:, axis], way, axis)
-    own = way.workers(matrices)
-    first = int(_here(own, way).nonzero()[0]) if len(own) else 0
-    result = local.new_zeros(_own_matrices(way, matrices), k, local.shape[2])
-    result[(held // k - first).to(local.device), (held % k).to(local.device)] = rows
+    own = way.own(matrices)
+    result = local.new_zeros(len(own), k, local.shape[2])
+    result[(held // k - own.start).to(local.device), (held % k).to(local.device)] = rows
     return result
 
 
 @fetch_rows.register_fake
 def _(local: Tensor, chosen: Tensor, number: int, matrices: int) -> Tensor:
-    return local.new_empty(_own_matrices(_routes[number], matrices), chosen.shape[1], local.shape[2])
+    return local.new_empty(len(_routes[number].own(matrices)), chosen.shape[1], local.shape[2])
 
 
 @torch.library.custom_op("dion_dtensor::return_rows", mutates_args=())
@@ -146,12 +157,10 @@ def return_rows(values: Tensor, chosen: Tensor, number: int, matrices: int, held
     """
     way, (count, k) = _routes[number], chosen.shape
     picked = chosen.cpu().reshape(-1)
-    all_workers = way.workers(matrices)
-    at = all_workers[:count].repeat_interleave(k, dim=0).clone()
+    at = way.workers(matrices)[:count].repeat_interleave(k, dim=0).clone()
     home, keys = way.owner[picked], torch.arange(len(picked))
-    held = keys[_here(at, way)]
-    first = int(_here(all_workers, way).nonzero()[0]) if len(all_workers) else 0
-    rows = values[(held // k - first).to(values.device), (held % k).to(values.device)]
+    held = keys[way.here_of(at)]
+    rows = values[(held // k - way.own(matrices).start).to(values.device), (held % k).to(values.device)]
     for axis in reversed(range(len(way.sizes))):
         rows, held = _hop(rows, held, at, home[:, axis], way, axis)
     result = values.new_zeros(count, held_rows, values.shape[2])
@@ -162,17 +171,6 @@ def return_rows(values: Tensor, chosen: Tensor, number: int, matrices: int, held
 @return_rows.register_fake
 def _(values: Tensor, chosen: Tensor, number: int, matrices: int, held_rows: int) -> Tensor:
     return values.new_empty(chosen.shape[0], held_rows, values.shape[2])
-
-
-def _own_matrices(way: Route, matrices: int) -> int:
-    for size, split in zip(way.sizes, way.split, strict=True):
-        matrices //= size if split else 1
-    return matrices
-
-
-def _here(at: Tensor, way: Route) -> Tensor:
-    """Which of the rows with coordinates ``at`` this rank has."""
-    return ((at == torch.tensor(way.here)) | (at == EVERYWHERE)).all(dim=1)
 
 
 def _hop(
@@ -193,7 +191,7 @@ def _hop(
     ranks = way.sizes[axis]
     came_from, mine = at[:, axis].clone(), held
     at[:, axis] = target
-    wanted = torch.arange(len(at))[_here(at, way)]
+    wanted = torch.arange(len(at))[way.here_of(at)]
     if bool((came_from == EVERYWHERE).all()):  # nothing has to travel
         kept = torch.isin(mine, wanted)
         return rows[kept.to(rows.device)], mine[kept]

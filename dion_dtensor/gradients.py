@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from dion_dtensor.assembly import agreed_maximum, own_shard
+from dion_dtensor.assembly import agreed_maximum, local_of, own_shard
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.layout import StorageLayout, has_partial
-from dion_dtensor.members import Member, local_of
+from dion_dtensor.members import Member
 
 __all__ = ["checked_gradients"]
 

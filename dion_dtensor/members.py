@@ -10,18 +10,13 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate
 
-from dion_dtensor.assembly import scattered
+from dion_dtensor.assembly import local_of, scattered
 from dion_dtensor.layout import StorageLayout, move_shard, owners, shard_dim
 from dion_dtensor.matrices import Experts, Flatten, Heads, Piece, Split
 from dion_dtensor.philox import normal
 from dion_dtensor.rules import Rule, StateSpec
 
-__all__ = ["Form", "Member", "StateForm", "form_of", "initial_entries", "local_of", "state_forms"]
-
-
-def local_of(tensor: Tensor) -> Tensor:
-    """The local shard of a DTensor, a plain tensor itself."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+__all__ = ["Form", "Member", "StateForm", "form_of", "initial_entries", "state_forms"]
 
 
 @dataclass(frozen=True)

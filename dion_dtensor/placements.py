@@ -18,12 +18,10 @@ __all__ = [
     "axes_sharding",
     "of_apart",
     "of_exchanged",
-    "of_only_rows",
+    "of_only",
     "of_pending",
     "of_product",
     "of_reduced",
-    "of_row_values",
-    "of_rows",
     "of_transposed",
     "of_whole_dim",
     "same",
@@ -79,15 +77,9 @@ def axes_sharding(placements: Placements, dim: int) -> tuple[int, ...]:
 
 
 @constant
-def of_only_rows(placements: Placements) -> Placements:
-    """The shards of rows, and of the stack's own dim."""
-    return tuple(p if shard_dim(p) in (0, 1) else Replicate() for p in placements)
-
-
-@constant
-def of_row_values(placements: Placements) -> Placements:
-    """A value for each row of a stack with ``placements``: sharded as its rows."""
-    return tuple(p if shard_dim(p) == 1 else Replicate() for p in placements)
+def of_only(placements: Placements, dims: tuple[int, ...]) -> Placements:
+    """The shards of ``dims`` alone, the rest on every rank."""
+    return tuple(p if shard_dim(p) in dims else Replicate() for p in placements)
 
 
 @constant
@@ -97,12 +89,6 @@ def of_exchanged(placements: Placements, split: tuple[int, ...]) -> Placements:
         Shard(0) if axis in split else Replicate() if shard_dim(p) == 1 else p
         for axis, p in enumerate(placements)
     )
-
-
-@constant
-def of_rows(placements: Placements) -> Placements:
-    """A stack ``[N, k, 1]`` beside one with ``placements``: whole, but where ranks hold different matrices."""
-    return tuple(p if shard_dim(p) == 0 else Replicate() for p in placements)
 
 
 @constant

@@ -18,6 +18,7 @@ from dion_dtensor.assembly import (
     across,
     elementwise,
     from_local,
+    local_of,
     on_whole_matrices,
     placed,
     relaid,
@@ -42,8 +43,7 @@ def row_sums(stack: Tensor) -> Tensor:
     of a power of two that leaves room to add all of them exactly (Demmel and Nguyen, ARITH 2013).  That multiple is
     2^-51 of the largest value times n; for float64 values, what was rounded off is added likewise.
     """
-    local = stack.to_local() if isinstance(stack, DTensor) else stack
-    magnitudes, length = local.abs().double(), stack.shape[2]
+    magnitudes, length = local_of(stack).abs().double(), stack.shape[2]
     high = _multiples(magnitudes, across(_largest(magnitudes), stack, "max", (1, 2)), length)
     total = across(high.sum(-1, keepdim=True), stack, "sum", (2,))
     if stack.dtype == torch.float64:
@@ -52,9 +52,9 @@ def row_sums(stack: Tensor) -> Tensor:
         total = total + across(low.sum(-1, keepdim=True), stack, "sum", (2,))
     if isinstance(stack, DTensor):
         placements = algebra.of_reduced(algebra.of_pending(stack.placements, (2,), "sum"))
-        whole = whole_dim(from_local(total, stack.device_mesh, placements, (*stack.shape[:2], 1)), 1)
-        assert isinstance(whole, DTensor)
-        total = whole.to_local()
+        total = local_of(
+            whole_dim(from_local(total, stack.device_mesh, placements, (*stack.shape[:2], 1)), 1)
+        )
     return total.squeeze(-1)
 
 
@@ -123,16 +123,17 @@ def _on_shards(
         number = route(mesh, storage, stack.shape[1], split)
         rows = fetch_rows(local, chosen, number, padded)
     else:
-        every = whole_dim(stack, 1)
-        assert isinstance(every, DTensor)
-        rows = _rows(every.to_local(), chosen)
+        rows = _rows(local_of(whole_dim(stack, 1)), chosen)
     placements = algebra.of_exchanged(storage, split)
     shape = _global_shape(rows, mesh, placements, n)
-    own = [_own_block(_rows(_whole(state), chosen), mesh, split, padded or count) for state in states]
+    own = [
+        _own_block(_rows(local_of(whole_dim(state, 1)), chosen), mesh, split, padded or count)
+        for state in states
+    ]
     result = on_whole_matrices(
         function,
         from_local(rows, mesh, placements, shape),
-        *(from_local(one, mesh, algebra.of_rows(placements), (*shape[:2], 1)) for one in own),
+        *(from_local(one, mesh, algebra.of_only(placements, (0,)), (*shape[:2], 1)) for one in own),
     )
     result = result if isinstance(result, tuple) else (result,)
     values = result[0].to_local()
@@ -150,19 +151,13 @@ def _rows(stack: Tensor, chosen: Tensor) -> Tensor:
     return stack.gather(1, chosen.unsqueeze(-1).expand(-1, -1, stack.shape[2]))
 
 
-def _whole(state: Tensor) -> Tensor:
-    """``[N, m, 1]``, plain, with all rows."""
-    whole = whole_dim(state, 1)
-    return whole.to_local() if isinstance(whole, DTensor) else whole
-
-
 def _slots(stack: Tensor, chosen: Tensor) -> Tensor:
     """``[N, rows held here, 1]``: which of the chosen rows each row is, or -1."""
     count = torch.arange(chosen.shape[1], device=chosen.device).expand_as(chosen)
     slots = torch.full((chosen.shape[0], stack.shape[1]), -1, device=chosen.device).scatter(1, chosen, count)
     slots = slots.unsqueeze(-1)
     if isinstance(stack, DTensor):
-        return placed(slots, stack.device_mesh, algebra.of_row_values(stack.placements))
+        return placed(slots, stack.device_mesh, algebra.of_only(stack.placements, (1,)))
     return slots
 
 

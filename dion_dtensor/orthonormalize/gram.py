@@ -16,14 +16,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from dion_dtensor.orthonormalize.polynomial import Coefficients
+from dion_dtensor.orthonormalize.polynomial import Coefficients, normalized
 
 __all__ = [
     "gram_newton_schulz",
     "gram_polynomial",
     "iterate",
     "iteration_dtype",
-    "normalized",
     "segments",
     "symmetric_product",
 ]
@@ -74,16 +73,6 @@ def iteration_dtype(stack: Tensor) -> torch.dtype:
     """The dtype of ``stack``; float32 for bfloat16 on a CPU without bf16 units, where that is faster and closer."""
     slow = stack.dtype == torch.bfloat16 and stack.device.type == "cpu" and not CPU_HAS_BF16
     return torch.float32 if slow else stack.dtype
-
-
-def normalized(stack: Tensor, epsilon: float | Tensor, epsilon_rule: str, norm_factor: float) -> Tensor:
-    """``stack`` over its Frobenius norms, in the dtype of ``stack``; see :func:`gram_newton_schulz`."""
-    wide = torch.promote_types(stack.dtype, torch.float32)
-    # Summed in float64: the squares of float32 numbers neither overflow nor vanish there.
-    norm = torch.linalg.vector_norm(stack.to(wide), dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    scale = norm_factor * norm.clamp(min=epsilon) if epsilon_rule == "clamp" else norm_factor * norm + epsilon
-    quotient: Tensor = (stack.to(wide) / scale.to(wide)).to(stack.dtype)
-    return quotient
 
 
 def segments(

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["POLYNOMIALS", "Coefficients", "newton_schulz", "norm_factor_of", "resolve_polynomial"]
+__all__ = [
+    "POLYNOMIALS",
+    "Coefficients",
+    "divisor",
+    "newton_schulz",
+    "norm_factor_of",
+    "normalized",
+    "resolve_polynomial",
+]
 
 Coefficients = tuple[tuple[float, float, float], ...]
 
@@ -74,6 +82,22 @@ def norm_factor_of(polynomial: str | Coefficients) -> float:
     return 1.02 if polynomial == "polar_express" else 1.0
 
 
+def divisor(norm: Tensor, epsilon: float | Tensor, epsilon_rule: str, norm_factor: float) -> Tensor:
+    """What a matrix of Frobenius norm ``norm`` is divided by before the polynomial; see :func:`newton_schulz`."""
+    if epsilon_rule == "clamp":
+        return norm_factor * norm.clamp(min=epsilon)
+    return norm_factor * norm + epsilon
+
+
+def normalized(stack: Tensor, epsilon: float | Tensor, epsilon_rule: str, norm_factor: float) -> Tensor:
+    """``stack`` over its Frobenius norms, in the dtype of ``stack``; see :func:`newton_schulz`."""
+    wide = torch.promote_types(stack.dtype, torch.float32)
+    X = stack.to(wide)
+    # Summed in float64: the squares of float32 numbers neither overflow nor vanish there.
+    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    return (X / divisor(norm, epsilon, epsilon_rule, norm_factor).to(wide)).to(stack.dtype)
+
+
 def newton_schulz(
     stack: Tensor,
     coefficients: Coefficients,
@@ -98,12 +122,7 @@ def newton_schulz(
         # One by one: a batched product may round otherwise for another number of matrices on this rank.
         options = (coefficients, epsilon, epsilon_rule, norm_factor)
         return torch.cat([newton_schulz(matrix.unsqueeze(0), *options) for matrix in stack])
-    wide = torch.promote_types(stack.dtype, torch.float32)
-    X = stack.to(wide)
-    # Summed in float64: the squares of float32 numbers neither overflow nor vanish there.
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
-    scale = norm_factor * norm.clamp(min=epsilon) if epsilon_rule == "clamp" else norm_factor * norm + epsilon
-    X = (X / scale.to(wide)).to(stack.dtype)
+    X = normalized(stack, epsilon, epsilon_rule, norm_factor)
     tall = stack.shape[-2] > stack.shape[-1]
     if tall:  # the short side first: the Gram matrix is the small one
         X = X.mT.contiguous()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dion_dtensor.assembly import elementwise, norm, on_whole_matrices, product, shards, transposed
 from dion_dtensor.orthonormalize import gram_polynomial, segments
+from dion_dtensor.orthonormalize.polynomial import divisor
 from dion_dtensor.rules.rule import widest
 
 __all__ = ["by_gram", "gram_applies"]
@@ -37,12 +38,8 @@ def by_gram(stack: Tensor, hyper: Any) -> Tensor:
     X = transposed(stack) if tall else stack
 
     def normalized(values: Tensor, size: Tensor) -> Tensor:
-        size = size.to(dtype)
-        if hyper.epsilon_rule == "clamp":
-            divisor: Tensor = hyper.norm_factor * size.clamp(min=hyper.epsilon)
-        else:
-            divisor = hyper.norm_factor * size + hyper.epsilon
-        return (values.to(dtype) / divisor).to(dtype)
+        by = divisor(size.to(dtype), hyper.epsilon, hyper.epsilon_rule, hyper.norm_factor)
+        return (values.to(dtype) / by).to(dtype)
 
     X = elementwise(normalized, X, norm(X, (-2, -1)))
     aspect = X.shape[2] / X.shape[1]

@@ -16,11 +16,10 @@ from dion_dtensor.orthonormalize.gram import (
     gram_iterations,
     gram_newton_schulz,
     iterate,
-    normalized,
     segments,
     symmetric_product,
 )
-from dion_dtensor.orthonormalize.polynomial import Coefficients, norm_factor_of
+from dion_dtensor.orthonormalize.polynomial import Coefficients, norm_factor_of, normalized
 
 SPECTRA = ("gaussian", "four decades", "one large", "quarter rank", "harmonic")
 SHAPES = ((48, 192), (192, 48), (40, 100))
