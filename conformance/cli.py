@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from conformance.bench.command import bench
 from conformance.certify.command import certify
 from conformance.convergence.command import converge
 from conformance.job.command import run
@@ -23,6 +24,7 @@ app.command("certify")(certify)
 app.command("port")(port)
 app.command("mutants")(mutants)
 app.command("meshes")(meshes)
+app.command("bench")(bench)
 app.add_typer(vectors, name="vectors")
 app.add_typer(converge, name="converge")
 

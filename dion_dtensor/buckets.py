@@ -21,6 +21,8 @@ from dion_dtensor.updates import Plan, update_of
 
 __all__ = ["Bucket", "make_buckets"]
 
+FUSED_DEVICES = ("cpu", "cuda")
+
 
 class Bucket:
     """Members with the same rule, form, dtype, mesh and placements (an elementwise rule: the same dtype and device).
@@ -57,13 +59,17 @@ class Bucket:
         self.forms = {member: self._state_forms(member) for member in self.members}
         self.scale = self._scale()
         self.stacks = {key: self._initial_stack(key, seed) for key in self.forms[first]}
+        lengths = [self._length(member) for member in self.members]
+        self._entries = {
+            key: dict(zip(self.members, torch.split(stack, lengths), strict=True))
+            for key, stack in self.stacks.items()
+        }
+        """Each member's slice of the stack of a state."""
         for member in self.members:
             if rule.counts_steps:
                 member.views["step"] = torch.zeros((), dtype=torch.float32)
-        for key, stack in self.stacks.items():
-            for member, entries in zip(self.members, self._split(stack, self.members, key), strict=True):
-                shown = self.forms[member][key].shown
-                member.views[key] = member.shown(shown, entries)
+            for key in self.stacks:
+                member.views[key] = member.shown(self.forms[member][key].shown, self._own(member, key))
 
     def _state_forms(self, member: Member) -> dict[str, StateForm]:
         if member.form is not None:
@@ -137,6 +143,8 @@ class Bucket:
             self.pending = ()
 
     def _step(self, members: Sequence[Member], grads: Sequence[Tensor], count: float | None) -> None:
+        if self._fused(members, grads, count):
+            return
         every = len(members) == len(self.members)
         stacks = self.stacks if every else {key: self._joined(key, members) for key in self.stacks}
         scalars = self._filled_scalars(count)
@@ -147,6 +155,30 @@ class Bucket:
                 for member, entries in zip(members, self._split(stack, members, key), strict=True):
                     self._own(member, key).copy_(entries)
         self._apply(members, list(self._split(changes, members, None)), scalars["decay"])
+
+    def _fused(self, members: Sequence[Member], grads: Sequence[Tensor], count: float | None) -> bool:
+        """Take the whole step by the rule's own kernel, if it has one for these tensors."""
+        rule, group = self.rule, self.group
+        # Eagerly never: its vectorized part and its remainder may round otherwise, so shards would differ in bits.
+        if (
+            rule.fused is None
+            or not self.compile
+            or group["cautious"]
+            or self.device.type not in FUSED_DEVICES
+        ):
+            return False
+        values = (*(group[name] for name in rule.scalars if name != "lr"), group["weight_decay"])
+        if self.device.type != "cpu" and any(_holds_tensor(value) for value in values):
+            return False  # to read them would wait for the device
+        full = [index for index, member in enumerate(members) if member.local.numel()]
+        weights, gradients = [members[i].local for i in full], [grads[i] for i in full]
+        states = {key: [self._own(members[i], key) for i in full] for key in self.stacks}
+        tensors = [*weights, *gradients, *(one for some in states.values() for one in some)]
+        if len({tensor.dtype for tensor in tensors}) > 1 or not all(t.is_contiguous() for t in tensors):
+            return False
+        if full:
+            rule.fused(weights, gradients, states, group, count)
+        return True
 
     def _apply(self, members: Sequence[Member], updates: Sequence[Tensor], decay: Tensor) -> None:
         """``W <- decay * W - update``; cautious decay only where the update shrinks the weight."""
@@ -209,7 +241,7 @@ class Bucket:
 
     def _initial_stack(self, key: str, seed: int) -> Tensor:
         if not self.forms[self.members[0]][key].spec.normal:
-            return torch.cat([self._zeros(member, key) for member in self.members]).contiguous()
+            return torch.cat([self._zeros(member, key) for member in self.members])
         return torch.cat([initial_entries(m, self.forms[m][key], seed) for m in self.members])
 
     def _zeros(self, member: Member, key: str) -> Tensor:
@@ -231,22 +263,12 @@ class Bucket:
         return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
 
     def _joined(self, key: str, members: Sequence[Member]) -> Tensor:
-        return torch.cat([self._entries(member, key) for member in members])
+        return torch.cat([self._entries[key][member] for member in members])
 
     def _own(self, member: Member, key: str) -> Tensor:
         """A member's state as the user sees it, the local shard."""
-        (own,) = self._split(self._entries(member, key), [member], key)
+        (own,) = self._split(self._entries[key][member], [member], key)
         return own
-
-    def _entries(self, member: Member, key: str) -> Tensor:
-        """A member's slice of the stack of a state."""
-        start = 0
-        for other in self.members:
-            length = self._length(other)
-            if other is member:
-                return self.stacks[key][start : start + length]
-            start += length
-        raise KeyError(member.name)
 
     def _length(self, member: Member) -> int:
         return member.form.count if member.form else member.local.numel()
@@ -259,6 +281,10 @@ class Bucket:
                 yield part.view(member.local.shape)
             else:
                 yield member.unfold(part, None if key is None else self.forms[member][key].spec.dims)
+
+
+def _holds_tensor(value: Any) -> bool:
+    return any(isinstance(part, Tensor) for part in (value if isinstance(value, tuple | list) else (value,)))
 
 
 def make_buckets(

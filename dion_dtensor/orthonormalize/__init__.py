@@ -1,6 +1,11 @@
 """Ways to orthonormalize a stack of whole matrices; plain tensors in, plain tensors out."""
 
-from dion_dtensor.orthonormalize.gram import gram_newton_schulz, gram_polynomial, segments
+from dion_dtensor.orthonormalize.gram import (
+    gram_newton_schulz,
+    gram_polynomial,
+    product_dtype,
+    segments,
+)
 from dion_dtensor.orthonormalize.householder import orthonormal_basis
 from dion_dtensor.orthonormalize.polynomial import POLYNOMIALS, newton_schulz, resolve_polynomial
 
@@ -10,6 +15,7 @@ __all__ = [
     "gram_polynomial",
     "newton_schulz",
     "orthonormal_basis",
+    "product_dtype",
     "resolve_polynomial",
     "segments",
 ]

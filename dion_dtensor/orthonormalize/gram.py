@@ -22,7 +22,7 @@ __all__ = [
     "gram_newton_schulz",
     "gram_polynomial",
     "iterate",
-    "iteration_dtype",
+    "product_dtype",
     "segments",
     "symmetric_product",
 ]
@@ -46,7 +46,7 @@ def gram_newton_schulz(
     """The value of :func:`~dion_dtensor.orthonormalize.newton_schulz`, with fewer multiplications.
 
     Args:
-        stack: ``[N, m, n]``; iterated in :func:`iteration_dtype`, normalised as ``newton_schulz`` does.
+        stack: ``[N, m, n]``; iterated in :func:`product_dtype`, normalised as ``newton_schulz`` does.
         coefficients: triples ``(a, b, c)``, one an iteration.
         epsilon: keeps a zero matrix at zero.
         epsilon_rule: "add" divides by ``norm_factor * norm + epsilon``, "clamp" by
@@ -57,7 +57,7 @@ def gram_newton_schulz(
         ``[N, m, n]`` in the dtype of ``stack``.
     """
     m, n = stack.shape[-2:]
-    dtype = iteration_dtype(stack)
+    dtype = product_dtype(stack)
     X = normalized(stack, epsilon, epsilon_rule, norm_factor).to(dtype)
     if m > n:  # the short side first: the Gram matrix is the small one
         X = X.mT
@@ -69,8 +69,11 @@ def gram_newton_schulz(
     return result.mT if m > n else result
 
 
-def iteration_dtype(stack: Tensor) -> torch.dtype:
-    """The dtype of ``stack``; float32 for bfloat16 on a CPU without bf16 units, where that is faster and closer."""
+def product_dtype(stack: Tensor) -> torch.dtype:
+    """The dtype to multiply ``stack`` in: its own, but float32 for bfloat16 on a CPU without bf16 units.
+
+    There it is faster, and closer.
+    """
     slow = stack.dtype == torch.bfloat16 and stack.device.type == "cpu" and not CPU_HAS_BF16
     return torch.float32 if slow else stack.dtype
 

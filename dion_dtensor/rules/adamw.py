@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
+from torch.optim.adamw import adamw
 
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 
@@ -40,6 +42,35 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     return direction, State(exp_avg.to(dtype), exp_avg_sq.to(dtype), state.step)
 
 
+def fused(
+    weights: list[Tensor],
+    grads: list[Tensor],
+    states: Mapping[str, list[Tensor]],
+    group: Mapping[str, Any],
+    step: float,
+) -> None:
+    """The same step by torch's kernel, which reads and writes everything once."""
+    beta1, beta2 = (float(beta) for beta in group["betas"])
+    # The kernel counts by itself, one 0-d tensor a parameter.
+    steps = torch.full((len(weights),), step - 1, dtype=torch.float32, device=weights[0].device).unbind()
+    adamw(
+        weights,
+        grads,
+        states["exp_avg"],
+        states["exp_avg_sq"],
+        [],
+        list(steps),
+        fused=True,
+        amsgrad=False,
+        beta1=beta1,
+        beta2=beta2,
+        lr=group["lr"],
+        weight_decay=float(group["weight_decay"]),
+        eps=float(group["epsilon"]),
+        maximize=bool(group["maximize"]),
+    )
+
+
 def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateSpec]:
     """Two averages of the parameter's shape."""
     return {"exp_avg": StateSpec(), "exp_avg_sq": StateSpec()}
@@ -61,6 +92,7 @@ ADAMW = Rule(
     scalars=("betas", "epsilon"),
     states=states,
     elementwise=True,
+    fused=fused,
     counts_steps=True,
     check=check_betas,
 )

@@ -21,7 +21,7 @@ from dion_dtensor.assembly import (
     transposed,
     whole_dim,
 )
-from dion_dtensor.orthonormalize import orthonormal_basis
+from dion_dtensor.orthonormalize import orthonormal_basis, product_dtype
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 from dion_dtensor.rules.sharded_basis import sharded_basis
 from dion_dtensor.rules.shared import check_fraction, check_mu
@@ -88,9 +88,14 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
 
 
 def _outer(P: Tensor, Q: Tensor, dtype: torch.dtype) -> Tensor:
-    """``P Q^T``, multiplied in ``dtype``, returned in that of ``P``."""
-    rounded = (elementwise(lambda values: values.to(dtype), factor) for factor in (P, transposed(Q)))
-    return elementwise(lambda values: values.to(P.dtype), product(*rounded))
+    """``P Q^T``, rounded to ``dtype`` before and after it is multiplied, returned in that of ``P``."""
+
+    def ready(values: Tensor) -> Tensor:
+        rounded = values.to(dtype)
+        return rounded.to(product_dtype(rounded))
+
+    result = product(elementwise(ready, P), elementwise(ready, transposed(Q)))
+    return elementwise(lambda values: values.to(dtype).to(P.dtype), result)
 
 
 def rank(shape: tuple[int, ...], group: Mapping[str, Any]) -> int:

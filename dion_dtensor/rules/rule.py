@@ -54,6 +54,8 @@ class Rule:
         pending_states: states that may differ among ranks which hold the same parameter, since ``update`` reads the
             gradient and them only through averages: then the gradient need not be averaged first.
         elementwise: works on each element by itself, so that parameters of any shape and layout share a bucket.
+        fused: ``(weights, grads, states, group, step)``, a kernel of torch for the whole step, decay included, on lists
+            of contiguous tensors of one dtype; states by name, all in place.  For elementwise rules.
         check: raises ValueError for a param group with bad hyperparameters.
         prepare: ``(shape, group) -> {field: value}``, the fields of ``hyper`` that are not hyperparameters themselves.
     """
@@ -68,6 +70,7 @@ class Rule:
     way: str = "assembled"
     pending_states: tuple[str, ...] = ()
     elementwise: bool = False
+    fused: Callable[..., None] | None = None
     counts_steps: bool = False
     check: Callable[[Mapping[str, Any]], None] = field(default=lambda group: None)
     prepare: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, Any]] = field(

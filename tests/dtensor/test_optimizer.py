@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.optim import adamw as adamw_of_torch
 
 from dion_dtensor import Dion, Muon
 from dion_dtensor.updates import update_of
@@ -148,9 +150,10 @@ def test_muon_as_torch_has_it() -> None:
     assert (ours - theirs).norm() / (ours - weight).norm() < 0.03
 
 
-def test_adamw_is_that_of_torch() -> None:
+@pytest.mark.parametrize("compile", [False, True])
+def test_adamw_is_that_of_torch(compile: bool) -> None:
     model, other = Small(torch.float64), Small(torch.float64)
-    optimizer = optimizer_of(model, "adamw", weight_decay=0.1)
+    optimizer = optimizer_of(model, "adamw", weight_decay=0.1, compile=compile)
     for group in optimizer.param_groups:
         group["lr"] = 0.01
     peer = torch.optim.AdamW(other.parameters(), lr=0.01, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -158,6 +161,62 @@ def test_adamw_is_that_of_torch() -> None:
         warnings.simplefilter("ignore")
         for ours, theirs in zip(train(model, optimizer, 3), train(other, peer, 3), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    ("options", "alike"),
+    [
+        ({}, True),
+        ({"maximize": True, "lr": torch.tensor(0.01), "betas": (torch.tensor(0.9), 0.99)}, True),
+        ({"cautious": True}, False),
+        ({"transposed": True}, False),
+        ({"momentum_dtype": torch.float64}, False),
+    ],
+    ids=["plain", "tensors", "cautious", "transposed", "wider state"],
+)
+def test_adamw_by_the_kernel_of_torch(
+    options: dict[str, Any], alike: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel is taken where it fits, and computes what the rule says; a parameter without gradient waits."""
+    used = []
+
+    def spied(*args: Any, **others: Any) -> None:
+        used.append(1)
+        adamw_of_torch.adamw(*args, **others)
+
+    monkeypatch.setattr("dion_dtensor.rules.adamw.adamw", spied)
+    options = dict(options)
+    transposed, betas = options.pop("transposed", False), options.pop("betas", (0.9, 0.95))
+    results = []
+    for compile in (False, True):
+        # The rule is not compiled where the kernel does not fit: this is about the choice alone.
+        monkeypatch.setattr("torch.compile", lambda function, **_: function)
+        generator = torch.Generator().manual_seed(0)
+
+        def draw(*shape: int, generator: torch.Generator = generator) -> torch.Tensor:
+            values = torch.randn(*shape, generator=generator)
+            return values.mT.contiguous().mT if transposed else values
+
+        weights = [nn.Parameter(draw(3, 4)), nn.Parameter(draw(5, 2)), nn.Parameter(draw(0, 2))]
+        group = {
+            "params": [(f"w{i}", w) for i, w in enumerate(weights)],
+            "algorithm": "adamw",
+            "betas": betas,
+        }
+        optimizer = Muon([group], **{"lr": 0.01, "weight_decay": 0.1, "compile": compile} | options)
+        for step in range(3):
+            weights[0].grad = draw(3, 4)
+            weights[1].grad = draw(5, 2) if step != 1 else None
+            weights[2].grad = draw(0, 2)
+            optimizer.step()
+        results.append([w.detach().clone() for w in weights] + [*_states(optimizer)])
+    assert bool(used) is alike
+    for ours, theirs in zip(*results, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-6, atol=1e-7)
+
+
+def _states(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [value for state in optimizer.state.values() for value in state.values()]
 
 
 @pytest.mark.parametrize("exponent", [-25, 25])

@@ -1,0 +1,119 @@
+"""`conformance bench`: one command, one run, everything in pairs."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from conformance.report.live import live_bar
+
+ALGORITHMS = ("muon", "muon_torch", "normuon", "dion", "dion2", "dion3", "adamw")
+
+
+def bench(
+    only: Annotated[
+        list[str] | None, typer.Option("--algorithm", help=f"Of {', '.join(ALGORITHMS)} (repeatable).")
+    ] = None,
+    shapes: Annotated[
+        list[str] | None, typer.Option("--shape", help="COUNTxMxN (repeatable); 12x256x1024 and 12x512x512.")
+    ] = None,
+    compute_dtype: Annotated[
+        str, typer.Option(help="Of the orthonormalization: float32 or bfloat16.")
+    ] = "float32",
+    rounds: Annotated[int, typer.Option(min=1, help="Steps of each contender after its first three.")] = 7,
+    growth: Annotated[bool, typer.Option(help="Also measure how ours grows with N, m, n, r.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
+    page: Annotated[
+        Path | None,
+        typer.Option(help="Write the page to this Markdown file, and its picture to a folder of its name."),
+    ] = None,
+) -> None:
+    """Time the optimizers of dion_dtensor beside every peer that can be imported, and beside the bare products.
+
+    Peers: microsoft/dion (its package `dion` on PYTHONPATH), torch.optim.Muon, torch.optim.AdamW(fused). Exit status 0
+    if every contender ran.
+    """
+    chosen = only or list(ALGORITHMS)
+    if unknown := [name for name in chosen if name not in ALGORITHMS]:
+        raise typer.BadParameter(f"algorithm {unknown[0]!r} is unknown; choose from {', '.join(ALGORITHMS)}")
+    if compute_dtype not in ("float32", "bfloat16"):
+        raise typer.BadParameter(f"compute dtype {compute_dtype!r} must be float32 or bfloat16")
+    sizes = [_parsed(shape) for shape in shapes or ("12x256x1024", "12x512x512")]
+
+    # Imported here: `--help` need not wait for torch.
+    import torch
+
+    from conformance.bench.contenders import Case
+    from conformance.bench.growth import lines
+    from conformance.bench.measure import Entry, measure
+    from conformance.bench.page import COLUMNS, as_json, cells, draw_growth, machine, markdown
+    from conformance.port.output import json_bytes, write_whole
+
+    if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
+        raise typer.BadParameter(f"device {device!r} is not here")
+    console = Console() if sys.stdout.isatty() else Console(width=150)
+    cases = [
+        Case(name, count, (m, n), compute_dtype=compute_dtype, device=device, threads=threads)
+        for count, m, n in sizes
+        for name in chosen
+    ]
+    entries: list[Entry] = []
+    grown = []
+    with live_bar(console) as progress:
+        task = progress.add_task("", total=len(cases) + growth)
+        for case in cases:
+            entries += measure(
+                case, rounds, told=lambda said: progress.update(task, description=said[:70].ljust(70))
+            )
+            progress.advance(task)
+        if growth:
+            base = Case("muon", 4, (256, 256), compute_dtype=compute_dtype, device=device, threads=threads)
+            some = [name for name in chosen if name not in ("adamw", "muon_torch")]
+            grown = lines(
+                base, some, rounds, lambda said: progress.update(task, description=said[:70].ljust(70))
+            )
+    table = Table(title="Step times", title_justify="left", box=box.SIMPLE_HEAD)
+    for index, name in enumerate(COLUMNS):
+        table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+    for entry in entries:
+        table.add_row(*cells(entry), end_section=entry is entries[-1])
+    console.print(table)
+    for line in grown:
+        console.print(
+            f"{line.algorithm}: time ~ {line.quantity}^{line.measured:.2f}, FLOPs ~ {line.quantity}^{line.theory:.2f}",
+            highlight=False,
+        )
+    about = machine(device, threads)
+    console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
+    if json_file is not None:
+        write_whole(json_file, json_bytes(as_json(entries, grown, about)))
+    if page is not None:
+        picture = page.with_suffix("") / "growth.png"
+        if grown:
+            picture.parent.mkdir(exist_ok=True)
+            draw_growth(grown, picture)
+        command = shlex.join(["conformance", *sys.argv[1:]])
+        text = markdown(entries, grown, about, command, f"{page.stem}/{picture.name}")
+        write_whole(page, text.encode())
+    failed = [entry for entry in entries if entry.failure]
+    for entry in failed:
+        console.print(entry.failure, style="red", highlight=False)
+    raise typer.Exit(1 if failed else 0)
+
+
+def _parsed(shape: str) -> tuple[int, int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)x(\d+)", shape)
+    if found is None or not all(int(size) for size in found.groups()):
+        raise typer.BadParameter(f"shape {shape!r} must be COUNTxMxN, as 12x1024x4096")
+    count, m, n = (int(size) for size in found.groups())
+    return count, m, n

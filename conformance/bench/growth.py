@@ -1,0 +1,100 @@
+"""How the step time of ours grows with N, m, n and the rank, against the products' FLOPs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from conformance.bench.contenders import OURS, Case
+from conformance.bench.measure import measure
+from conformance.bench.products import flops
+
+__all__ = ["Line", "lines", "slope"]
+
+
+@dataclass(frozen=True)
+class Line:
+    """Step times along one quantity.
+
+    Attributes:
+        algorithm: its name.
+        quantity: "N", "m", "n" or "r".
+        values: of the quantity.
+        seconds: medians.
+        flops: of the textbook's products.
+    """
+
+    algorithm: str
+    quantity: str
+    values: tuple[float, ...]
+    seconds: tuple[float, ...]
+    flops: tuple[float, ...]
+
+    @property
+    def measured(self) -> float:
+        """Exponent of the measured growth."""
+        return slope(self.values, self.seconds)
+
+    @property
+    def theory(self) -> float:
+        """Exponent of the FLOPs over the same values."""
+        return slope(self.values, self.flops)
+
+
+def slope(values: Sequence[float], sizes: Sequence[float]) -> float:
+    """Least squares of log size against log value."""
+    x, y = [math.log(value) for value in values], [math.log(size) for size in sizes]
+    mean_x, mean_y = sum(x) / len(x), sum(y) / len(y)
+    return sum((a - mean_x) * (b - mean_y) for a, b in zip(x, y, strict=True)) / sum(
+        (a - mean_x) ** 2 for a in x
+    )
+
+
+def lines(
+    base: Case, algorithms: Sequence[str], rounds: int, told: Callable[[str], None] = lambda _: None
+) -> list[Line]:
+    """Each quantity from half of that of ``base`` to four times, the others fixed.
+
+    Args:
+        base: size, dtype and device.
+        algorithms: names; only dion, dion2 and dion3 have a rank.
+        rounds: steps a point.
+        told: is called with what is going on.
+
+    Raises:
+        RuntimeError: ours failed.
+    """
+    result = []
+    for algorithm in algorithms:
+        case = replace(base, algorithm=algorithm)
+        m, n = case.shape
+        series: dict[str, list[tuple[float, Case]]] = {
+            "N": [(c, replace(case, count=c)) for c in _doubled(case.count)],
+            "m": [(k, replace(case, shape=(k, n))) for k in _doubled(m)],
+            "n": [(k, replace(case, shape=(m, k))) for k in _doubled(n)],
+        }
+        if algorithm in ("dion", "dion2", "dion3"):
+            parts = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+            series["r"] = [(part * m, replace(case, fraction=part)) for part in parts]
+        for quantity, points in series.items():
+            seconds = []
+            for _, point in points:
+                (entry,) = measure(point, rounds, names=[OURS], memory=False, told=told)
+                if entry.failure:
+                    raise RuntimeError(entry.failure)
+                seconds.append(entry.median)
+            result.append(
+                Line(
+                    algorithm,
+                    quantity,
+                    tuple(value for value, _ in points),
+                    tuple(seconds),
+                    tuple(flops(p.algorithm, p.count, p.shape, p.part) for _, p in points),
+                )
+            )
+    return result
+
+
+def _doubled(size: int) -> list[int]:
+    return [max(1, size // 2), size, 2 * size, 4 * size]

@@ -1,0 +1,118 @@
+"""Contenders step in turn, round by round, so that what slows the machine slows all of them."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+
+from conformance.bench.contenders import OURS, Case, available
+from conformance.bench.products import flops
+from conformance.bench.worker import Worker, WorkerError
+
+__all__ = ["Entry", "measure"]
+
+
+@dataclass
+class Entry:
+    """What one contender showed on one case.
+
+    Attributes:
+        case: what was stepped.
+        name: of the contender.
+        first: seconds of its first step, compilation included, nothing compiled before.
+        steps: seconds of the steps after two more, one a round.
+        ratios: of ours to it, round by round; none for ours.
+        memory: bytes at the peak of a step, beyond parameters, gradients and state.
+        failure: what stopped it, or "".
+    """
+
+    case: Case
+    name: str
+    first: float = 0.0
+    steps: list[float] = field(default_factory=list)
+    ratios: list[float] = field(default_factory=list)
+    memory: float = 0.0
+    failure: str = ""
+
+    @property
+    def median(self) -> float:
+        """Seconds of a step."""
+        return statistics.median(self.steps)
+
+    @property
+    def spread(self) -> float:
+        """Half of the range between the quartiles, relative to the median."""
+        if len(self.steps) < 4:
+            return (max(self.steps) - min(self.steps)) / 2 / self.median
+        low, _, high = statistics.quantiles(self.steps, n=4)
+        return (high - low) / 2 / self.median
+
+    @property
+    def ratio(self) -> float:
+        """Median of ours over this one, pair by pair."""
+        return statistics.median(self.ratios)
+
+    @property
+    def rate(self) -> float:
+        """FLOP/s of the textbook's products, as if these were what it computed."""
+        case = self.case
+        return flops(case.algorithm, case.count, case.shape, case.part) / self.median
+
+
+def measure(
+    case: Case,
+    rounds: int,
+    *,
+    names: Sequence[str] | None = None,
+    memory: bool = True,
+    told: Callable[[str], None] = lambda _: None,
+) -> list[Entry]:
+    """First steps one after the other, then ``rounds`` of one step each, in an order that turns.
+
+    Args:
+        case: what is stepped.
+        rounds: at least 1.
+        names: of the contenders; None for all that are here.
+        memory: whether to look at the peak.
+        told: is called with what is going on.
+
+    Returns:
+        An entry a contender, ours first; one that failed says so and takes no further part.
+    """
+    entries = [Entry(case, name) for name in names or available(case)]
+    with ExitStack() as stack:
+        workers: dict[str, Worker] = {}
+
+        def attempt(entry: Entry, action: Callable[[Worker], None]) -> None:
+            try:
+                if entry.name not in workers:
+                    workers[entry.name] = stack.enter_context(Worker(entry.name, case))
+                action(workers[entry.name])
+            except WorkerError as error:
+                entry.failure = str(error)
+
+        def begin(entry: Entry, worker: Worker) -> None:
+            entry.first = worker.step()
+            worker.step()
+            worker.step()
+
+        for entry in entries:
+            told(f"{case}: first step of {entry.name}")
+            attempt(entry, lambda worker, entry=entry: begin(entry, worker))  # type: ignore[misc]
+        for index in range(rounds):
+            told(f"{case}: round {index + 1} of {rounds}")
+            alive = [entry for entry in entries if not entry.failure]
+            turn = index % max(1, len(alive))
+            for entry in alive[turn:] + alive[:turn]:
+                attempt(entry, lambda worker, entry=entry: entry.steps.append(worker.step()))  # type: ignore[misc]
+        for entry in entries:
+            if memory and not entry.failure:
+                told(f"{case}: memory of {entry.name}")
+                attempt(entry, lambda worker, entry=entry: setattr(entry, "memory", worker.memory()))  # type: ignore[misc]
+    ours = next((entry for entry in entries if entry.name == OURS and not entry.failure), None)
+    for entry in entries:
+        if ours is not None and entry is not ours and not entry.failure:
+            entry.ratios = [mine / other for mine, other in zip(ours.steps, entry.steps, strict=True)]
+    return entries

@@ -1,0 +1,155 @@
+"""The measurements as a table, as JSON, as a page of the documentation, and the growth as a picture."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from conformance.bench.contenders import BARE
+from conformance.bench.growth import Line
+from conformance.bench.measure import Entry
+
+__all__ = ["COLUMNS", "as_json", "cells", "draw_growth", "machine", "markdown"]
+
+COLUMNS = ("case", "contender", "step", "spread", "first step", "peak memory", "GFLOP/s", "ours / it")
+
+
+def machine(device: str, threads: int) -> dict[str, str]:
+    """What the numbers depend on."""
+    versions = {}
+    for name in ("torch", "dion"):
+        if importlib.util.find_spec(name) is not None:
+            try:
+                versions[name] = importlib.metadata.version(name)
+            except importlib.metadata.PackageNotFoundError:
+                versions[name] = "from a checkout"
+    processor = torch.cuda.get_device_name() if device == "cuda" else _processor()
+    return {
+        "processor": processor,
+        "threads": str(threads),
+        "bfloat16 units": "yes" if device == "cuda" or _has_bfloat16() else "no",
+        "python": platform.python_version(),
+        **versions,
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{model} ({torch.backends.cpu.get_cpu_capability()})"
+
+
+def _has_bfloat16() -> bool:
+    from dion_dtensor.orthonormalize.gram import CPU_HAS_BF16
+
+    return CPU_HAS_BF16
+
+
+def cells(entry: Entry) -> tuple[str, ...]:
+    """A row of the table; see :data:`COLUMNS`."""
+    if entry.failure:
+        return (str(entry.case), entry.name, "failed", "", "", "", "", entry.failure[:60])
+    return (
+        str(entry.case),
+        entry.name,
+        f"{1e3 * entry.median:.1f} ms",
+        f"{entry.spread:.0%}",
+        "" if entry.name == BARE else f"{entry.first:.1f} s",
+        f"{entry.memory / 1e6:.0f} MB" if entry.memory else "",
+        "" if entry.case.algorithm == "adamw" else f"{entry.rate / 1e9:.0f}",
+        f"{entry.ratio:.2f}" if entry.ratios else "",
+    )
+
+
+def as_json(entries: Sequence[Entry], growth: Sequence[Line], about: dict[str, str]) -> dict[str, Any]:
+    """All of it."""
+    return {
+        "machine": about,
+        "steps": [
+            asdict(entry) | ({"median": entry.median} if not entry.failure else {}) for entry in entries
+        ],
+        "growth": [asdict(line) | {"slope": line.measured, "theory": line.theory} for line in growth],
+    }
+
+
+def draw_growth(growth: Sequence[Line], file: Path) -> None:
+    """Step time against each quantity, log-log, with the slope of the FLOPs beside it."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import NullFormatter, ScalarFormatter
+
+    titles = {"N": "matrices", "m": "rows", "n": "columns", "r": "rank, or chosen slices"}
+    quantities = [quantity for quantity in titles if any(line.quantity == quantity for line in growth)]
+    figure, axes = plt.subplots(1, len(quantities), figsize=(4.2 * len(quantities), 4.2), squeeze=False)
+    names = list(dict.fromkeys(line.algorithm for line in growth))
+    for plot, quantity in zip(axes[0], quantities, strict=True):
+        for line in growth:
+            if line.quantity != quantity:
+                continue
+            color = f"C{names.index(line.algorithm)}"
+            label = f"{line.algorithm}: {line.measured:.2f} (theory {line.theory:.2f})"
+            plot.plot(line.values, [1e3 * s for s in line.seconds], "o-", color=color, label=label)
+            scale = line.seconds[-1] / line.flops[-1]
+            plot.plot(line.values, [1e3 * scale * f for f in line.flops], ":", color=color, alpha=0.6)
+            plot.set_xticks(line.values)
+        plot.set(xscale="log", yscale="log", xlabel=f"{titles[quantity]} ({quantity})")
+        plot.xaxis.set_major_formatter(ScalarFormatter())
+        plot.xaxis.set_minor_formatter(NullFormatter())
+        plot.set_xticks([], minor=True)
+        plot.legend(title="slope measured (of the FLOPs)", fontsize=7, title_fontsize=7)
+        plot.grid(alpha=0.3)
+    axes[0][0].set_ylabel("step of dion_dtensor (ms)")
+    figure.suptitle("Growth of the step time; dotted: the textbook's FLOPs through the last point")
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def markdown(
+    entries: Sequence[Entry], growth: Sequence[Line], about: dict[str, str], command: str, picture: str
+) -> str:
+    """A page of the documentation; made again by ``command``."""
+    lines = [
+        "# Step times",
+        "",
+        "Made by one run of",
+        "",
+        "```",
+        command,
+        "```",
+        "",
+        "on " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
+        "",
+        "Each contender runs in a process of its own with nothing compiled before. All take their steps in turn, a"
+        " round at a time; the ratio is the median over the rounds of ours divided by it, so below 1 ours is faster."
+        f' "{BARE}" are the products of the textbook\'s form alone, with the QR of Dion: no momentum, no normalization,'
+        " no update. GFLOP/s count the textbook's products whoever runs: symmetric products by halves and the Gram"
+        " form do with fewer. Peak memory is what a step holds beyond parameters, gradients and state."
+        " `muon_torch` is Muon by the conventions of torch.optim.Muon. Peers whose polynomial knows bfloat16 alone"
+        " are given it in float32 where the case says so.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    lines += ["| " + " | ".join(cells(entry)) + " |" for entry in entries]
+    if growth:
+        lines += ["", "## Growth", "", f"![Growth of the step time]({picture})", ""]
+        lines += ["| algorithm | quantity | values | slope | of the FLOPs |", "|---|---|---|---|---|"]
+        for line in growth:
+            values = ", ".join(f"{value:g}" for value in line.values)
+            lines.append(
+                f"| {line.algorithm} | {line.quantity} | {values} | {line.measured:.2f} | {line.theory:.2f} |"
+            )
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,153 @@
+"""A process for each contender, so that none shares compiled code, caches or memory with another."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from types import TracebackType
+from typing import Any
+from unittest import mock
+
+from conformance.bench.contenders import Case
+
+__all__ = ["Worker", "WorkerError"]
+
+LIMIT = 3600.0  # seconds for one answer
+
+
+class WorkerError(RuntimeError):
+    """A contender that raised, died or did not answer."""
+
+
+class Worker:
+    """A contender in a process of its own, with an empty folder for compiled code; a context manager.
+
+    Args:
+        name: of the contender.
+        case: what it steps.
+
+    Raises:
+        WorkerError: see above; by every method.
+    """
+
+    def __init__(self, name: str, case: Case) -> None:
+        self.name, self.case = name, case
+
+    def __enter__(self) -> Worker:
+        self._folder = tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)
+        context = multiprocessing.get_context("spawn")
+        self._pipe, other = context.Pipe()
+        self._process = context.Process(target=_work, args=(self.name, self.case, other), daemon=True)
+        environment = {
+            "TORCHINDUCTOR_CACHE_DIR": self._folder.name,
+            "OMP_NUM_THREADS": str(self.case.threads),
+        }
+        with mock.patch.dict(os.environ, environment):  # read when its torch is imported
+            self._process.start()
+        other.close()
+        try:
+            self._answer()
+        except WorkerError:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._pipe.close()
+        self._process.terminate()
+        self._process.join(10)
+        if self._process.is_alive():
+            self._process.kill()
+        self._folder.cleanup()
+
+    def step(self) -> float:
+        """Seconds of one step."""
+        return float(self._ask("step"))
+
+    def memory(self) -> float:
+        """Bytes at the peak of one step, beyond what is held before it."""
+        return float(self._ask("memory"))
+
+    def _ask(self, question: str) -> Any:
+        try:
+            self._pipe.send(question)
+        except OSError as error:
+            raise WorkerError(f"{self.name} died while it ran {self.case}") from error
+        return self._answer()
+
+    def _answer(self) -> Any:
+        try:
+            if not self._pipe.poll(LIMIT):
+                raise WorkerError(f"{self.name} gave no answer on {self.case} for {LIMIT:.0f} s")
+            good, value = self._pipe.recv()
+        except (EOFError, OSError) as error:
+            raise WorkerError(f"{self.name} died while it ran {self.case}") from error
+        if not good:
+            raise WorkerError(f"{self.name} on {self.case}: {value}")
+        return value
+
+
+def _work(name: str, case: Case, pipe: Connection) -> None:
+    # The profiler and the compiler write to the terminal, from C++ too; what matters comes by the pipe.
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
+    try:
+        import torch
+
+        from conformance.bench.contenders import stepper
+
+        torch.set_num_threads(case.threads)
+        step = stepper(name, case)
+        pipe.send((True, None))
+        while True:
+            question = pipe.recv()
+            pipe.send((True, _timed(step, case.device) if question == "step" else _peak(step, case.device)))
+    except (EOFError, BrokenPipeError):
+        return
+    except Exception as error:
+        pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+def _timed(step: Callable[[], object], device: str) -> float:
+    import torch
+
+    if device != "cuda":
+        began = time.perf_counter()
+        step()
+        return time.perf_counter() - began
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    start.record()
+    step()
+    end.record()
+    torch.cuda.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
+
+
+def _peak(step: Callable[[], object], device: str) -> float:
+    import torch
+
+    if device == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step()
+        torch.cuda.synchronize()
+        return float(torch.cuda.max_memory_allocated() - before)
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        step()
+    # Every allocation and release of the allocator, in order; the sums of them are what is held.
+    held = peak = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            peak = max(peak, held)
+    return float(peak)
