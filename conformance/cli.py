@@ -9,6 +9,7 @@ from conformance.certify.command import certify
 from conformance.convergence.command import converge
 from conformance.job.command import run
 from conformance.mutants.command import mutants
+from conformance.plan.command import plan
 from conformance.port.command import port
 from conformance.port.meshes_command import meshes
 from conformance.vectors.command import app as vectors
@@ -25,6 +26,7 @@ app.command("port")(port)
 app.command("mutants")(mutants)
 app.command("meshes")(meshes)
 app.command("bench")(bench)
+app.command("plan")(plan)
 app.add_typer(vectors, name="vectors")
 app.add_typer(converge, name="converge")
 

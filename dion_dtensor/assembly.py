@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from dion_dtensor import placements as algebra
-from dion_dtensor.layout import StorageLayout, compute_placements
+from dion_dtensor.layout import StorageLayout, compute_placements, contiguous_stride, has_partial
 
 __all__ = [
     "across",
@@ -26,6 +26,7 @@ __all__ = [
     "by_row",
     "elementwise",
     "from_local",
+    "is_pending",
     "local_of",
     "norm",
     "on_whole_matrices",
@@ -41,50 +42,59 @@ __all__ = [
 ]
 
 
-def on_whole_matrices(function: Callable[..., Any], stack: Tensor, *others: Tensor) -> Any:
+def on_whole_matrices(
+    function: Callable[..., Any], stack: Tensor, *others: Tensor, likes: Sequence[int] | None = None
+) -> Any:
     """``function(stack, *others)`` with every matrix of the stack whole on some rank.
 
     Args:
         function: maps a stack of whole matrices ``[k, m, n]`` (and the matching slices of ``others``) to a stack
-            ``[k, m, n]``, or to a tuple of which each stack has the shape of the argument in its place, each matrix
-            by itself; it sees plain tensors and any ``k`` (also zero matrices).
+            ``[k, m, n]``, or to a tuple of which each stack has the shape of the argument in its place (see
+            ``likes``), each matrix by itself; it sees plain tensors and any ``k`` (also zero matrices).
         stack: ``[N, m, n]``, a tensor or a DTensor of any placements; an axis may be ``Partial``, and one that shards
             the stack's own dim holds different matrices, which stay where they are.
         others: further stacks ``[N, ...]`` on the same mesh.
+        likes: for each result the argument whose shape it has; None for the arguments in order.
 
     Returns:
-        A stack, or a tuple of stacks, each in the dtype that ``function`` returns, and placed as the argument in its
-        place was (``Partial`` becomes ``Replicate``).
+        A stack, or a tuple of stacks, each in the dtype that ``function`` returns, and placed as the argument that it
+        is like (``Partial`` becomes ``Replicate``).
     """
     if not isinstance(stack, DTensor):
         return function(stack, *others)
     mesh, count = stack.device_mesh, stack.to_local().shape[0]
     target, ranks = compute_placements(mesh, stack.placements, count)
     padding = -count % ranks
+    # One order for all, since it says which rank works on which matrix.
+    order = algebra.order_of_moves(algebra.of_apart(stack.placements), target)
 
     def whole(tensor: Tensor) -> Tensor:
         assert isinstance(tensor, DTensor)
-        own = from_local(
-            _padded(tensor.to_local(), padding),
-            mesh,
-            algebra.of_apart(tensor.placements),
-            (count + padding, *tensor.shape[1:]),
-        )
+        local, size = _padded(tensor.to_local(), padding), count + padding
+        for axis, before, after in algebra.moves(algebra.of_apart(tensor.placements), target, order):
+            moved = from_local(local, mesh, before, (size, *tensor.shape[1:])).redistribute(placements=after)
+            local, size = moved.to_local(), _share(size, mesh, axis, after)
         # Contiguous, so that sums run in the same order whatever the collective left behind.
-        return own.redistribute(placements=target).to_local().contiguous()
+        return local.contiguous()
 
-    def back(result: Tensor, like: Tensor) -> Tensor:
+    def back(local: Tensor, like: Tensor) -> Tensor:
         assert isinstance(like, DTensor)
-        assembled = from_local(result, mesh, target, (count + padding, *like.shape[1:]))
-        placed = assembled.redistribute(placements=algebra.of_reduced(algebra.of_apart(like.placements)))
-        return from_local(
-            placed.to_local()[:count], mesh, algebra.of_reduced(like.placements), tuple(like.shape)
-        )
+        placements = algebra.of_reduced(algebra.of_apart(like.placements))
+        size, stages = count + padding, []
+        for axis, before, after in algebra.moves(placements, target, order):
+            stages.append((size, after, before))
+            size = _share(size, mesh, axis, after)
+        for size, before, after in reversed(stages):
+            moved = from_local(local, mesh, before, (size, *like.shape[1:])).redistribute(placements=after)
+            local = moved.to_local()
+        return from_local(local[:count], mesh, algebra.of_reduced(like.placements), tuple(like.shape))
 
     result = function(whole(stack), *(whole(other) for other in others))
     if isinstance(result, Tensor):
         return back(result, stack)
-    return tuple(back(one, like) for one, like in zip(result, (stack, *others), strict=False))
+    arguments = (stack, *others)
+    shown = range(len(result)) if likes is None else likes
+    return tuple(back(one, arguments[index]) for one, index in zip(result, shown, strict=True))
 
 
 def whole_dim(tensor: Tensor, dim: int) -> Tensor:
@@ -211,6 +221,11 @@ def by_row(function: Callable[[Tensor], Tensor], stack: Tensor) -> Tensor:
     return from_local(local, mesh, placements, (stack.shape[0], local.shape[1], stack.shape[1]))
 
 
+def is_pending(stack: Tensor) -> bool:
+    """Whether some axis still has to be reduced."""
+    return isinstance(stack, DTensor) and has_partial(stack.placements)
+
+
 def shards(stack: Tensor, dim: int) -> bool:
     """Whether some axis shards ``dim``."""
     return isinstance(stack, DTensor) and bool(algebra.axes_sharding(stack.placements, dim))
@@ -256,6 +271,11 @@ def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:
     return DTensor.from_local(values, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
 
 
+def _share(size: int, mesh: DeviceMesh, axis: int, placements: tuple[Placement, ...]) -> int:
+    """Of ``size`` matrices, those of one rank of ``axis``."""
+    return size // mesh.size(axis) if placements[axis] == Shard(0) else size
+
+
 def _padded(local: Tensor, padding: int) -> Tensor:
     return torch.cat((local, local.new_zeros((padding, *local.shape[1:])))) if padding else local
 
@@ -269,7 +289,11 @@ def from_local(
     local: Tensor, mesh: DeviceMesh, placements: Sequence[Placement], shape: tuple[int, ...]
 ) -> DTensor:
     """A DTensor of global ``shape`` from each rank's shard, which is made contiguous."""
-    stride = torch.empty(shape, device="meta").stride()
     return DTensor.from_local(
-        local.contiguous(), mesh, placements, run_check=False, shape=torch.Size(shape), stride=stride
+        local.contiguous(),
+        mesh,
+        placements,
+        run_check=False,
+        shape=torch.Size(shape),
+        stride=contiguous_stride(shape),
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 from dion_dtensor.assembly import averaged, scattered
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
+from dion_dtensor.paths import chosen_path, path_of
 from dion_dtensor.rules import Rule
 from dion_dtensor.scale import scale_factor
 from dion_dtensor.updates import Plan, update_of
@@ -22,6 +23,13 @@ from dion_dtensor.updates import Plan, update_of
 __all__ = ["Bucket", "make_buckets"]
 
 FUSED_DEVICES = ("cpu", "cuda")
+WAYS = {
+    "assemble": "assembled",
+    "gram": "Gram matrices alone",
+    "exchange": "chosen slices alone",
+    "low_rank": "P assembled",
+    "rcqr": "r x r factors alone",
+}
 
 
 class Bucket:
@@ -58,6 +66,9 @@ class Bucket:
         self._scalars: dict[str, Any] = {}
         self.forms = {member: self._state_forms(member) for member in self.members}
         self.scale = self._scale()
+        size = sum(self._length(member) for member in self.members)
+        self.choice = chosen_path(rule, group, first.form, size, self.state_dtype, compute_dtype)
+        """How matrices come to be whole and why; None where there is nothing to choose."""
         self.stacks = {key: self._initial_stack(key, seed) for key in self.forms[first]}
         lengths = [self._length(member) for member in self.members]
         self._entries = {
@@ -94,12 +105,7 @@ class Bucket:
             return "assembled with its whole parameter"
         if not any(form.entry.axes_sharding(dim) for dim in (0, 1)):
             return "local"
-        short = 0 if form.entry.shape[0] <= form.entry.shape[1] else 1
-        if self.group.get("path") == "gram" and not form.entry.axes_sharding(short):
-            return "Gram matrices alone"
-        if self.group.get("orthonormalize") == "rcqr":
-            return "r x r factors alone"
-        return self.rule.way
+        return WAYS[self.choice.way] if self.choice else self.rule.way
 
     def _scale(self) -> Tensor:
         """One factor, or one for each row that this rank holds where the pieces differ in shape."""
@@ -214,6 +220,8 @@ class Bucket:
         group, rule, form = self.group, self.rule, self.members[0].form
         fields = rule.hyper._fields  # type: ignore[attr-defined]
         fixed = {name: group[name] for name in rule.defaults} | {"compute_dtype": self.compute_dtype}
+        if "path" in fixed:
+            fixed["path"] = path_of(group, self.choice)
         shapes = [(piece.m, piece.n) for piece in form.pieces] if form else [self.members[0].layout.shape]
         hyper = []
         for shape in shapes:

@@ -144,6 +144,7 @@ class AuditRow:
         way: how a matrix comes to be whole: "local", "assembled", ...; "-" for none.
         layout: shape, dtype, mesh and placements.
         why: the reason for the rule.
+        choice: the way and why it was taken, with the predicted cost of the others; "" where there is none.
     """
 
     name: str
@@ -153,6 +154,7 @@ class AuditRow:
     way: str
     layout: str
     why: str
+    choice: str = ""
 
 
 @dataclass(frozen=True)
@@ -180,7 +182,11 @@ class Audit:
             "  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip()
             for line in cells
         ]
-        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+        choices = dict.fromkeys((row.rule, row.matrices, row.choice) for row in self.rows if row.choice)
+        notes = [f"{rule}, {matrices}: {choice}" for rule, matrices, choice in choices]
+        if notes:
+            notes = ["", "Predicted for an H100 on InfiniBand, a step of all matrices alike:", *notes]
+        return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:], *notes])
 
 
 def audit(optimizer: OrthonormalOptimizer, strict: bool = False) -> Audit:
@@ -210,6 +216,7 @@ def audit(optimizer: OrthonormalOptimizer, strict: bool = False) -> Audit:
                 way=bucket.way(),
                 layout=member.layout.describe(),
                 why=why,
+                choice=bucket.choice.why if bucket.choice else "",
             )
             rows[id(member.parameter)] = row
     order = [p for group in optimizer.param_groups for p in group["params"]]

@@ -18,6 +18,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 __all__ = [
     "StorageLayout",
     "compute_placements",
+    "contiguous_stride",
     "joined",
     "move_shard",
     "owners",
@@ -155,10 +156,19 @@ class StorageLayout:
         """
         if self.mesh is None:
             return local
-        stride = torch.empty(self.shape, device="meta").stride()
+        stride = contiguous_stride(self.shape)
         return DTensor.from_local(
             local, self.mesh, self.placements, run_check=False, shape=torch.Size(self.shape), stride=stride
         )
+
+
+def contiguous_stride(shape: Sequence[int]) -> tuple[int, ...]:
+    """Of a contiguous tensor."""
+    stride, step = [], 1
+    for size in reversed(shape):
+        stride.append(step)
+        step *= max(size, 1)
+    return tuple(reversed(stride))
 
 
 def joined(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:

@@ -120,7 +120,7 @@ class NorMuon(OrthonormalOptimizer):
 
 
 class Dion(OrthonormalOptimizer):
-    """Dion on any mesh: a rank-r orthonormal update; of a matrix ``[m, n]`` only ``[max(m, n), r]`` is assembled.
+    """Dion on any mesh: an orthonormal update of rank r, by the products of ``[m, r]`` and ``[n, r]``.
 
     Source: Ahn et al., arXiv 2504.05295; conventions of microsoft/dion.
 
@@ -138,6 +138,9 @@ class Dion(OrthonormalOptimizer):
         orthonormalize: "qr" assembles P, m x r, and takes its Householder QR; "rcqr" (randomized Cholesky QR) leaves
             its rows where they are, and sends r x r and 1.25 r x r.
         right_factor: "normalize" the columns of Q, or "orthonormalize" them (Orth-Dion, arXiv 2605.16341).
+        path: "low_rank" sends P and R, (m + n) r numbers to every rank; "assemble" brings the momentum together and
+            back, each matrix to one rank, which is less on long axes; "auto" takes what is predicted to cost less.
+            Gradients that are not averaged yet take "low_rank".
         epsilon: added to the column norms of Q.
         scale: as for :class:`Muon`.
         seed: of the initial Q, which depends on (seed, name, logical matrix, row, column) only.
@@ -157,6 +160,7 @@ class Dion(OrthonormalOptimizer):
         rank_multiple: int = 1,
         orthonormalize: str = "qr",
         right_factor: str = "normalize",
+        path: str = "auto",
         epsilon: float = 1e-8,
         scale: str | None = "spectral_norm",
         seed: int = 0,
@@ -169,6 +173,7 @@ class Dion(OrthonormalOptimizer):
             "rank_multiple": rank_multiple,
             "orthonormalize": orthonormalize,
             "right_factor": right_factor,
+            "path": path,
             "epsilon": epsilon,
             "scale": scale,
         }

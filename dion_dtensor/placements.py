@@ -16,6 +16,7 @@ from dion_dtensor.layout import move_shard, shard_dim
 
 __all__ = [
     "axes_sharding",
+    "moves",
     "of_apart",
     "of_exchanged",
     "of_only",
@@ -24,6 +25,7 @@ __all__ = [
     "of_reduced",
     "of_transposed",
     "of_whole_dim",
+    "order_of_moves",
     "same",
     "suit",
 ]
@@ -104,6 +106,49 @@ def of_pending(placements: Placements, dims: tuple[int, ...], operation: str) ->
     A reduction of values whose average is pending becomes the average of the reductions.
     """
     return tuple(Partial(operation) if shard_dim(p) in dims else p for p in placements)
+
+
+@constant
+def order_of_moves(placements: Placements, target: Placements) -> tuple[int, ...]:
+    """The axes in the order in which to change them one by one from ``placements`` to ``target``, least bytes first.
+
+    A redistribution of several axes at once may gather what an exchange on each axis would do.  First the axes that
+    hold copies and then the sums that are shared out, since they leave each rank less to send; then the shards,
+    the inner one of a dim first, exchanges before gathers; at last the sums that every rank is to hold.
+    """
+
+    def rank(axis: int) -> tuple[int, int]:
+        if isinstance(placements[axis], Replicate):
+            return 0, axis
+        return (1 if isinstance(target[axis], Shard) else 2), axis
+
+    order = [axis for axis in range(len(placements)) if shard_dim(placements[axis]) is None]
+    order.sort(key=rank)
+    shared = [axis for axis in order if rank(axis)[0] < 2]
+    # The inner one first: a strided shard cuts what the later axes left of its dim.
+    left = [axis for axis in reversed(range(len(placements))) if axis not in order]
+    left.sort(key=lambda axis: type(placements[axis]) is Shard)
+    inner_first = []
+    while left:
+        heads = {shard_dim(placements[axis]): axis for axis in reversed(left)}.values()
+        head = min(heads, key=lambda axis: (not isinstance(target[axis], Shard), left.index(axis)))
+        inner_first.append(head)
+        left.remove(head)
+    return (*shared, *inner_first, *order[len(shared) :])
+
+
+@constant
+def moves(
+    placements: Placements, target: Placements, order: tuple[int, ...]
+) -> tuple[tuple[int, Placements, Placements], ...]:
+    """``(axis, before, after)`` of each redistribution of one axis; the axes done are seen as holding copies."""
+    current, result = list(placements), []
+    for axis in order:
+        after = [*current[:axis], target[axis], *current[axis + 1 :]]
+        if current != after:
+            result.append((axis, tuple(current), tuple(after)))
+        current[axis] = Replicate()
+    return tuple(result)
 
 
 @constant

@@ -148,7 +148,8 @@ def _on_shards(
 
 def _rows(stack: Tensor, chosen: Tensor) -> Tensor:
     """``[N, k, n]``: the chosen rows of plain ``[N, m, n]``."""
-    return stack.gather(1, chosen.unsqueeze(-1).expand(-1, -1, stack.shape[2]))
+    # Indexed by row and not by element, so that compiled code reads whole rows.
+    return stack[torch.arange(stack.shape[0], device=stack.device).unsqueeze(-1), chosen]
 
 
 def _slots(stack: Tensor, chosen: Tensor) -> Tensor:
@@ -166,8 +167,7 @@ def _spread(values: Tensor, chosen: Tensor, stack: Tensor) -> Tensor:
     slots = _slots(stack, chosen)
 
     def spread(shard: Tensor) -> Tensor:
-        rows = values.gather(1, slots.clamp(min=0).expand(-1, -1, values.shape[2]))
-        return torch.where(slots >= 0, rows, 0)
+        return torch.where(slots >= 0, _rows(values, slots.squeeze(-1).clamp(min=0)), 0)
 
     return elementwise(spread, stack)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dion_dtensor.assembly import (
     elementwise,
+    is_pending,
     norm,
     on_whole_matrices,
     product,
@@ -30,11 +31,15 @@ __all__ = ["DION"]
 
 
 class Hyper(NamedTuple):
-    """What Dion's update reads.  ``transposed``: P lies on the longer side, so B is M^T when m < n."""
+    """What Dion's update reads.
+
+    ``transposed``: P lies on the longer side, so B is M^T when m < n; ``path``: what travels.
+    """
 
     mu: Scalar
     epsilon: Scalar
     transposed: bool
+    path: str
     orthonormalize: str
     right_factor: str
     compute_dtype: torch.dtype
@@ -48,9 +53,23 @@ class State(NamedTuple):
 
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
-    """One step of a stack ``[N, m, n]``; only ``m x r`` is ever assembled."""
+    """One step of a stack ``[N, m, n]``; only ``m x r`` is ever assembled, or the whole of B once."""
     wide = widest(state.momentum, grad)
     momentum = elementwise(lambda M, G: M.to(wide) + G.to(wide), state.momentum, grad)
+    if hyper.path == "assemble" and not is_pending(momentum):
+
+        def whole(momentum: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            direction, new = _step(momentum, state._replace(Q=Q), hyper)
+            return direction.to(hyper.compute_dtype), new.momentum, new.Q
+
+        direction, *values = on_whole_matrices(whole, momentum, state.Q, likes=(0, 0, 1))
+        return direction, State(*values)
+    return _step(momentum, state, hyper)
+
+
+def _step(momentum: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
+    """The step of ``momentum``, the gradient included; dtypes of the result are those of ``state``."""
+    wide = momentum.dtype
     B = transposed(momentum) if hyper.transposed else momentum
     Q = elementwise(lambda Q: Q.to(wide), whole_dim(state.Q, -1))
 
@@ -118,6 +137,8 @@ def check(group: Mapping[str, Any]) -> None:
     """Refuse hyperparameters outside their range."""
     check_mu(group)
     check_fraction("rank_fraction", group)
+    if group["path"] not in ("auto", "assemble", "low_rank"):
+        raise ValueError(f"path={group['path']!r} must be 'auto', 'assemble' or 'low_rank'")
     if group["orthonormalize"] not in ("qr", "rcqr"):
         raise ValueError(f"orthonormalize={group['orthonormalize']!r} must be 'qr' or 'rcqr'")
     if group["right_factor"] not in ("normalize", "orthonormalize"):
@@ -142,6 +163,7 @@ DION = Rule(
         "rank_multiple": 1,
         "orthonormalize": "qr",
         "right_factor": "normalize",
+        "path": "auto",
         "epsilon": 1e-8,
         "scale": "spectral_norm",
     },

@@ -16,8 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from conformance.plan.counting import fake_mesh
 from tests.dtensor import sharded_programs as programs
 from tests.dtensor.checkpoint_programs import RESHARDINGS, resumed
+from tests.dtensor.counted_programs import launched_on, launched_on_ranks
 from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
@@ -90,10 +92,21 @@ def test_chosen_rows_may_travel_with_all_others(ranks: Ranks, name: str) -> None
 @pytest.mark.parametrize(("name", "where"), LOW_RANK)
 def test_low_rank_rules_are_those_of_one_device(ranks: Ranks, name: str, where: Layout) -> None:
     expected = on_one_device(name, False)
-    for result in ranks.run(where.world, run_steps_with, name, where, {"compile": False}):
-        for key in ("weight", "momentum", "Q"):
-            for ours, theirs in zip(result[key], expected[key], strict=True):
-                assert error(ours, theirs) < 1e-11
+    for path in ("low_rank", "assemble") if where in SAMPLE else ("low_rank",):
+        for result in ranks.run(where.world, run_steps_with, name, where, {"compile": False, "path": path}):
+            for key in ("weight", "momentum", "Q"):
+                for ours, theirs in zip(result[key], expected[key], strict=True):
+                    assert error(ours, theirs) < 1e-11, path
+
+
+@pytest.mark.parametrize("where", ["4 S0", "2x2 S0 S1", "2x2 R S0", "2x2 T0 S0"])
+def test_what_is_counted_without_ranks_is_what_ranks_launch(ranks: Ranks, where: str) -> None:
+    """Bytes by axis and FLOPs, as `conformance plan` counts them."""
+    place, names = layout(where), ("shard", "tensor")[-len(layout(where).mesh) :]
+    with fake_mesh(place.mesh, names) as mesh:
+        counted = launched_on(mesh, place, "meta")
+    for launched in ranks.run(4, launched_on_ranks, place):
+        assert launched == counted
 
 
 @pytest.mark.parametrize("where", ["4 S0", "4 S1", "2x2 R S0", "2x2 T0 S0", "2x2 S0 S1"])

@@ -1,0 +1,234 @@
+"""What a step really launches: the engine's own function on tensors without data, on a process group without ranks."""
+
+from __future__ import annotations
+
+import math
+import weakref
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._C._distributed_c10d import HashStore
+from torch.distributed.device_mesh import DeviceMesh, _mesh_resources, init_device_mesh
+from torch.distributed.tensor import Placement
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dion_dtensor import exchange
+from dion_dtensor.layout import StorageLayout
+from dion_dtensor.planning import Cost, Transfer
+from dion_dtensor.planning.buckets import collective
+from dion_dtensor.planning.predict import basis_flops
+from dion_dtensor.rules import RULES
+from dion_dtensor.updates import Plan, update_of
+
+__all__ = ["Launched", "count", "fake_mesh", "launched"]
+
+RANKS_PER_HOST = 8
+COLLECTIVES = {
+    "_dtensor.shard_dim_alltoall": "all_to_all",
+    "_c10d_functional.all_to_all_single": "all_to_all",
+    "_c10d_functional.all_gather_into_tensor": "all_gather",
+    "_c10d_functional.reduce_scatter_tensor": "reduce_scatter",
+    "_c10d_functional.all_reduce": "all_reduce",
+}
+
+
+@contextmanager
+def fake_mesh(sizes: tuple[int, ...], names: tuple[str, ...]) -> Iterator[DeviceMesh]:
+    """A mesh of any size in this process alone, for tensors without data ("meta").
+
+    Raises:
+        RuntimeError: a process group exists already.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a process group exists already; count before it is made")
+    dist.init_process_group("fake", rank=0, world_size=math.prod(sizes), store=HashStore())
+    hosts = mock.patch.object(type(_mesh_resources), "num_devices_per_host", return_value=RANKS_PER_HOST)
+    try:
+        with hosts:  # torch asks the device, and "meta" has none
+            yield init_device_mesh("meta", sizes, mesh_dim_names=names)
+    finally:
+        dist.destroy_process_group()
+
+
+def count(
+    mesh: DeviceMesh,
+    placements: tuple[Placement, ...],
+    shape: tuple[int, int],
+    number: int,
+    algorithm: str,
+    hyper: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.bfloat16,
+) -> Cost:
+    """Of the step of a bucket of ``number`` matrices, counted at rank 0; see :func:`launched` for the arguments."""
+    found = launched(
+        mesh, placements, shape, number, algorithm, hyper, dtype=dtype, compute_dtype=compute_dtype
+    )
+    return found.cost
+
+
+@dataclass(frozen=True)
+class Launched:
+    """What a step launched on this rank.
+
+    Attributes:
+        cost: FLOPs, bytes and peak memory.
+        collectives: axis, and bytes of this rank before it, of each; gloo's stand-ins for an all-to-all have the same.
+    """
+
+    cost: Cost
+    collectives: tuple[tuple[int, int], ...]
+
+
+def launched(
+    mesh: DeviceMesh,
+    placements: tuple[Placement, ...],
+    shape: tuple[int, int],
+    number: int,
+    algorithm: str,
+    hyper: Mapping[str, Any] | None = None,
+    *,
+    dtype: torch.dtype = torch.float32,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    device: str = "meta",
+) -> Launched:
+    """The step of a bucket of ``number`` matrices, run eagerly and looked at.
+
+    Args:
+        mesh: see :func:`fake_mesh`.
+        placements: of each matrix.
+        shape: of each matrix.
+        number: of matrices.
+        algorithm: a rule of ``dion_dtensor`` that steps matrices.
+        hyper: hyperparameters that differ from the rule's defaults.
+        dtype: of parameters, gradients and state.
+        compute_dtype: of the orthonormalization.
+        device: "meta" for tensors without data; another one runs the step on ones, with the ranks of ``mesh``.
+
+    Raises:
+        ValueError: an elementwise rule, which has no communication and no products.
+    """
+    rule = RULES[algorithm]
+    if rule.elementwise:
+        raise ValueError(f"{algorithm} works on each element alone; there is nothing to count")
+    group = {**rule.defaults, **(hyper or {})}
+    layout = StorageLayout(shape, dtype, torch.device(device), mesh, placements)
+    stacked = layout.stacked(number)
+    specs = rule.states(shape, group)
+    states = tuple(
+        (
+            key,
+            (layout if s.dims is None else layout.derived(s.dims, s.sizes or (), dtype)).stacked(number),
+            None,
+        )
+        for key, s in specs.items()
+    )
+    values = {name: group[name] for name in rule.defaults} | {"compute_dtype": compute_dtype}
+    values |= rule.prepare(shape, group)
+    fields = rule.hyper._fields  # type: ignore[attr-defined]
+    fixed = tuple((name, values[name]) for name in fields if name not in rule.scalars)
+    plan = Plan(rule, (fixed,), False, stacked, stacked, states, number, None, False)
+    scalars = {
+        name: torch.full((), 0.5, dtype=torch.float64, device=device) for name in (*rule.scalars, "lr")
+    }
+    grads, stacks = _local(stacked), {key: _local(state) for key, state, _ in states}
+    before = stacked.largest_shard() * dtype.itemsize  # the engine joins the gradients
+    with _Recorder(mesh) as recorder:
+        update_of(plan)(grads, stacks, scalars, torch.ones((), dtype=torch.float64, device=device))
+    cost = Cost(dict(recorder.flops), tuple(recorder.transfers), float(before + recorder.peak), 0.0)
+    return Launched(cost, tuple(recorder.collectives))
+
+
+def _local(layout: StorageLayout) -> Tensor:
+    assert layout.mesh is not None
+    shape, _ = compute_local_shape_and_global_offset(layout.shape, layout.mesh, layout.placements)
+    return torch.ones(shape, dtype=layout.dtype, device=layout.device)
+
+
+def _products(name: str, args: tuple[Any, ...]) -> float:
+    """FLOPs of an operator, zero if it is none that multiplies matrices."""
+    if name == "dion_dtensor.gram_iterations":
+        (number, short, long), lengths, blocks = args[0].shape, args[2], args[3]
+        share = (blocks + 1) / (2 * blocks)
+        products = sum(4 * length - 3 for length in lengths)
+        symmetric = len(lengths) * 2 * short**2 * long + products * 2 * short**3
+        return float(number * (share * symmetric + len(lengths) * 2 * short**2 * long))
+    if name == "dion_dtensor.orthonormal_basis":
+        number, rows, columns = args[0].shape
+        return float(number * basis_flops(rows, columns))
+    if name in ("aten.mm", "aten.bmm"):
+        return float(2 * args[0].numel() * args[1].shape[-1])
+    if name in ("aten.addmm", "aten.baddbmm"):
+        return float(2 * args[1].numel() * args[2].shape[-1])
+    return 0.0
+
+
+class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collectives, with the bytes of this rank, products, and the memory that tensors made meanwhile take."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.axes: dict[str, int] = {mesh.get_group(axis).group_name: axis for axis in range(mesh.ndim)}
+        self.sizes = [mesh.size(axis) for axis in range(mesh.ndim)]
+        self.transfers: list[Transfer] = []
+        self.collectives: list[tuple[int, int]] = []
+        self.flops: defaultdict[str, float] = defaultdict(float)
+        self.live = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = str(function).rsplit(".", 1)[0]
+        if count := _products(name, args):
+            self.flops[str(args[0].dtype).removeprefix("torch.")] += count
+        if name in COLLECTIVES:
+            axis = next(self.axes[arg] for arg in reversed(args) if isinstance(arg, str) and arg in self.axes)
+            self._sent(COLLECTIVES[name], axis, args[0].numel() * args[0].element_size())
+        elif name in ("dion_dtensor.fetch_rows", "dion_dtensor.return_rows"):
+            self._rows(name.endswith("fetch_rows"), args)
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self._made(tensor)
+        return result
+
+    def _sent(self, name: str, axis: int, size: float) -> None:
+        self.transfers.append(collective(name, axis, self.sizes[axis], size))
+        self.collectives.append((axis, int(size)))
+
+    def _rows(self, fetch: bool, args: tuple[Any, ...]) -> None:
+        """Which rows travel depends on the data: as many as if every rank held as many of them as any other."""
+        values, chosen, route = args[0], args[1], exchange._routes[args[2]]
+        rows = float(chosen.numel())
+        for size in route.sizes:
+            rows /= size
+        for group, size, split in zip(route.groups, route.sizes, route.split, strict=True):
+            axis = self.axes[group.group_name]
+            if fetch or split:
+                name = "all_to_all" if split else "all_gather"
+                self._sent(name, axis, rows * values.shape[2] * values.element_size())
+            rows *= 1 if split else size
+
+    def _made(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.live += storage.nbytes()
+        self.peak = max(self.peak, self.live)
+        weakref.finalize(storage, self._gone, key, storage.nbytes())
+
+    def _gone(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size

@@ -1,0 +1,171 @@
+"""A model's optimizer step on a mesh: each bucket counted on the real engine, then priced by the hardware."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any
+
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.placement_types import _StridedShard
+
+from conformance.plan.counting import count, fake_mesh
+from conformance.plan.models import Model, Weight
+from dion_dtensor.planning import (
+    Bucket,
+    Cost,
+    Duration,
+    Hardware,
+    choose,
+    duration,
+    predict,
+    total,
+    usual_hardware,
+)
+
+__all__ = ["MESH_AXES", "Candidate", "Estimate", "candidate", "estimates", "placements_of"]
+
+MESH_AXES = {1: ("fsdp",), 2: ("fsdp", "tp"), 3: ("dp", "fsdp", "tp")}
+"""Names of the axes of a mesh by their number."""
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """An optimizer and the share of each matrix that it works on."""
+
+    algorithm: str
+    share: float = 1.0
+
+    def __str__(self) -> str:
+        title = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon"}.get(self.algorithm)
+        return title or f"{self.algorithm.title()} {Fraction(self.share).limit_denominator(1024)}"
+
+    @property
+    def hyper(self) -> dict[str, Any]:
+        """What differs from the rule's defaults."""
+        if self.algorithm == "dion":
+            return {"rank_fraction": self.share}
+        return {"fraction": self.share} if self.algorithm in ("dion2", "dion3") else {}
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One optimizer's step on one rank, that of the most work.
+
+    Attributes:
+        candidate: the optimizer.
+        cost: counted; ``touched`` is in closed form.
+        time: of it.
+        predicted: FLOPs and bytes in closed form, as a check on the count.
+    """
+
+    candidate: Candidate
+    cost: Cost
+    time: Duration
+    predicted: tuple[float, float]
+
+
+def candidate(text: str) -> Candidate:
+    """ "muon", "dion:1/16", "dion2:0.25".
+
+    Raises:
+        ValueError: an unknown algorithm, or a share outside (0, 1].
+    """
+    name, _, share = text.partition(":")
+    if name not in ("adamw", "muon", "normuon", "dion", "dion2", "dion3"):
+        raise ValueError(
+            f"optimizer {text!r} is unknown; choose adamw, muon, normuon, dion:R, dion2:F or dion3:F"
+        )
+    try:
+        value = float(Fraction(share or "1"))
+    except (ValueError, ZeroDivisionError) as error:
+        raise ValueError(f"optimizer {text!r}: {share!r} is no fraction") from error
+    if not 0 < value <= 1:
+        raise ValueError(f"optimizer {text!r}: {share} must be in (0, 1]")
+    return Candidate(name, value)
+
+
+def placements_of(weight: Weight, names: Sequence[str], sizes: Sequence[int]) -> tuple[Placement, ...]:
+    """FSDP2 shards rows, tensor parallelism columns or rows, both on the rows as FSDP2 nests them."""
+    result: list[Placement] = []
+    tp = next((size for name, size in zip(names, sizes, strict=True) if name == "tp"), 1)
+    for name in names:
+        if name == "fsdp":
+            nested = tp > 1 and not weight.row_parallel
+            result.append(_StridedShard(0, split_factor=tp) if nested else Shard(0))
+        elif name == "tp":
+            result.append(Shard(1) if weight.row_parallel else Shard(0))
+        else:
+            result.append(Replicate())
+    return tuple(result)
+
+
+def estimates(
+    model: Model,
+    sizes: Sequence[int],
+    names: Sequence[str],
+    candidates: Sequence[Candidate],
+    hardware: Hardware,
+    *,
+    told: Callable[[str], None] = lambda _: None,
+) -> list[Estimate]:
+    """Every candidate, on a process group of as many fake ranks as the mesh has.
+
+    Args:
+        model: its weights.
+        sizes: of the mesh axes.
+        names: of them; "dp" replicates, "fsdp" and "tp" shard.
+        candidates: optimizers.
+        hardware: what a rank and its links do.
+        told: is called with what is going on.
+
+    Raises:
+        RuntimeError: a process group exists already.
+        ValueError: the hardware lacks a dtype or an axis.
+    """
+    result = []
+    with fake_mesh(tuple(sizes), tuple(names)) as mesh:
+        scalars = _elementwise(model.scalars, sizes, names)
+        for one in candidates:
+            costs, closed = [scalars], []
+            for weight in model.weights:
+                told(f"{one}: {weight.name}")
+                counted, predicted = _weight(weight, mesh, names, sizes, one)
+                costs.append(counted)
+                closed.append(predicted)
+            cost = total(costs)
+            check = total([scalars, *closed])
+            result.append(
+                Estimate(one, cost, duration(cost, hardware), (sum(check.flops.values()), check.bytes()))
+            )
+    return result
+
+
+def _elementwise(elements: int, sizes: Sequence[int], names: Sequence[str]) -> Cost:
+    """AdamW in float32 reads four tensors and writes three."""
+    held: float = elements
+    for size, name in zip(sizes, names, strict=True):
+        held /= 1 if name == "dp" else size
+    return Cost(touched=7 * 4 * held)
+
+
+def _weight(
+    weight: Weight, mesh: DeviceMesh, names: Sequence[str], sizes: Sequence[int], one: Candidate
+) -> tuple[Cost, Cost]:
+    """Counted, and in closed form; both of all matrices of ``weight``."""
+    if one.algorithm == "adamw":
+        cost = _elementwise(weight.count * weight.shape[0] * weight.shape[1], sizes, names)
+        return cost, cost
+    placements = placements_of(weight, names, sizes)
+    shards = tuple(getattr(placement, "dim", None) for placement in placements)
+    bucket = Bucket(weight.shape, weight.count, tuple(sizes), shards)
+    way, hyper = None, dict(one.hyper)
+    if one.algorithm in ("dion", "dion2", "dion3"):
+        among = ("low_rank", "assemble", "exchange")
+        way = choose(bucket, one.algorithm, usual_hardware(len(sizes)), fraction=one.share, among=among).way
+        hyper["path"] = way
+    cost = count(mesh, placements, weight.shape, weight.count, one.algorithm, hyper)
+    guess = predict(bucket, one.algorithm, way, one.share)
+    return Cost(cost.flops, cost.transfers, cost.memory, guess.touched), guess

@@ -1,0 +1,62 @@
+"""The stacked bars of a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+from matplotlib import pyplot as plt
+
+from conformance.plan.estimate import Estimate
+
+__all__ = ["draw"]
+
+COLORS = {"products": "#4c72b0", "memory": "#55a868"}
+LINKS = ("#dd8452", "#c0392b", "#8172b3")
+
+
+def draw(
+    estimates: Sequence[Estimate],
+    names: Sequence[str],
+    title: str,
+    parts: Sequence[dict[str, float]],
+    file: Path,
+) -> None:
+    """A bar an optimizer: products, passes through memory, and what each axis of the mesh carries.
+
+    Args:
+        estimates: the bars.
+        names: of the mesh axes.
+        title: model and mesh.
+        parts: seconds of each bar by part.
+        file: a PNG.
+    """
+    labels = [str(one.candidate) for one in estimates]
+    figure, plot = plt.subplots(figsize=(max(7.0, 0.75 * len(labels) + 2.5), 5))
+    bottom = [0.0] * len(labels)
+    order = ["products", "memory", *(f"links of {name}" for name in names)]
+    for index, part in enumerate(order):
+        heights = [1e3 * one[part] for one in parts]
+        color = COLORS.get(part) or LINKS[(index - 2) % len(LINKS)]
+        plot.bar(labels, heights, bottom=bottom, color=color, label=part)
+        bottom = [low + high for low, high in zip(bottom, heights, strict=True)]
+    for index, (height, one) in enumerate(zip(bottom, estimates, strict=True)):
+        text = f"{height:.0f}" if height >= 10 else f"{height:.1f}"
+        plot.text(
+            index, height, f"{text}\n({1e3 * one.time.overlapped:.0f})", ha="center", va="bottom", fontsize=8
+        )
+    plot.set_ylabel("optimizer step (ms)")
+    plot.set_ylim(0, 1.15 * max(bottom))
+    plot.set_title(
+        f"Optimizer step time, {title}\n(in brackets: communication behind computation)", fontsize=10
+    )
+    plot.tick_params(axis="x", rotation=45)
+    plot.legend()
+    plot.grid(axis="y", alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)

@@ -1,0 +1,73 @@
+"""What ranks and links do: stated figures, or measured here."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+
+import torch
+
+from dion_dtensor.planning import Hardware
+
+__all__ = ["h100", "this_machine"]
+
+# NVIDIA H100 SXM datasheet: dense bfloat16 989 TFLOP/s, float32 67 TFLOP/s, HBM3 3.35 TB/s, NVLink 900 GB/s both ways.
+FLOPS = {"bfloat16": 989e12, "float32": 67e12, "float64": 34e12}
+MEMORY = 3.35e12
+NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s of one direction; 400 Gb/s a GPU
+LATENCY_NVLINK, LATENCY_INFINIBAND = 15e-6, 40e-6
+HOST = 8
+
+
+def h100(sizes: Sequence[int], efficiency: float = 0.6) -> Hardware:
+    """Hosts of eight H100 SXM: the last axes lie within a host as long as they fit, the others between hosts.
+
+    Args:
+        sizes: of the mesh axes.
+        efficiency: share of the peaks that products, memory and links reach.
+    """
+    inside, within = 1, []
+    for size in reversed(sizes):
+        inside *= size
+        within.append(inside <= HOST)
+    within.reverse()
+    return Hardware(
+        name=f"hosts of 8 H100 SXM, {efficiency:.0%} of peak",
+        flops={name: efficiency * value for name, value in FLOPS.items()},
+        memory_bandwidth=efficiency * MEMORY,
+        bandwidth=[efficiency * (NVLINK if near else INFINIBAND) for near in within],
+        latency=[LATENCY_NVLINK if near else LATENCY_INFINIBAND for near in within],
+        source="NVIDIA H100 datasheet; 400 Gb/s InfiniBand a GPU",
+    )
+
+
+def this_machine(seconds: float = 3.0) -> Hardware:
+    """FLOP/s of float32 products and bytes/s of memory, measured on the CPU; no links.
+
+    Args:
+        seconds: to spend.
+    """
+    left, right = torch.randn(4, 1024, 1024), torch.randn(4, 1024, 1024)
+    product = _fastest(lambda: left @ right, seconds / 2)
+    low, high = torch.randn(1 << 24), torch.randn(1 << 24)
+    passes = _fastest(lambda: low.add_(high, alpha=1e-6), seconds / 2)
+    rate = 2 * 4 * 1024**3 / product
+    return Hardware(
+        name="this machine",
+        flops={"float32": rate, "bfloat16": rate, "float64": rate / 2},
+        memory_bandwidth=3 * 4 * low.numel() / passes,
+        bandwidth=[math.inf] * 3,
+        latency=[0.0] * 3,
+        source="measured",
+    )
+
+
+def _fastest(action: object, seconds: float) -> float:
+    assert callable(action)
+    best, end = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < end or best == math.inf:
+        began = time.perf_counter()
+        action()
+        best = min(best, time.perf_counter() - began)
+    return best

@@ -1,0 +1,196 @@
+"""The words of the planner, and what the verbs of ``assembly`` send."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+__all__ = ["PARTIAL", "Bucket", "Cost", "Transfer", "assembly", "collective", "sharing", "total"]
+
+PARTIAL = -1
+"""In place of a sharded dim: the axis holds terms of a sum."""
+
+Shards = Sequence[int | None]
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """``count`` logical matrices ``[m, n]`` on a mesh.
+
+    Attributes:
+        shape: m and n.
+        count: how many are stepped together.
+        sizes: of the mesh axes.
+        shards: for each axis the dim that it shards (0 rows, 1 columns), or None where it replicates.
+        compute_dtype: of the polynomial and of what is assembled for it.
+        state_dtype: of parameters, gradients and momentum.
+        symmetric: share of the multiplications that a symmetric product takes; 1 for all, 5/8 in four blocks.
+    """
+
+    shape: tuple[int, int]
+    count: int = 1
+    sizes: tuple[int, ...] = ()
+    shards: tuple[int | None, ...] = ()
+    compute_dtype: torch.dtype = torch.bfloat16
+    state_dtype: torch.dtype = torch.float32
+    symmetric: float = 1.0
+
+    def __post_init__(self) -> None:
+        if len(self.sizes) != len(self.shards):
+            raise ValueError(
+                f"{len(self.sizes)} axes {self.sizes}, but shards={self.shards}; give one an axis"
+            )
+        if any(shard not in (None, 0, 1) for shard in self.shards):
+            raise ValueError(f"shards={self.shards} must be 0 (rows), 1 (columns) or None for each axis")
+
+    def local(self, dim: int, size: int | None = None) -> int:
+        """What the fullest rank holds of ``size`` (the own size by default) along ``dim``."""
+        held = self.shape[dim] if size is None else size
+        for axis_size, shard in zip(self.sizes, self.shards, strict=True):
+            if shard == dim:
+                held = -(-held // axis_size)
+        return held
+
+    def axes(self, dim: int | None) -> tuple[int, ...]:
+        """The axes that shard ``dim``; for None, those that replicate."""
+        return tuple(axis for axis, shard in enumerate(self.shards) if shard == dim)
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """Bytes that a rank sends by one collective on one axis, by the ring's count.
+
+    Of x bytes on a rank, A ranks: all-gather (A - 1) x, reduce-scatter and all-to-all (A - 1)/A x, all-reduce twice
+    that.
+    """
+
+    axis: int
+    collective: str
+    bytes: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one bucket on the fullest rank.
+
+    Attributes:
+        flops: of matrix products and factorizations, by name of the dtype.
+        transfers: one a collective.
+        memory: peak of what exists during the step alone, in bytes.
+        touched: bytes that elementwise passes read and write in memory.
+    """
+
+    flops: dict[str, float] = field(default_factory=dict)
+    transfers: tuple[Transfer, ...] = ()
+    memory: float = 0.0
+    touched: float = 0.0
+
+    def bytes(self, axis: int | None = None) -> float:
+        """Sent on ``axis``, or on all."""
+        return sum(one.bytes for one in self.transfers if axis in (None, one.axis))
+
+
+def total(costs: Iterable[Cost]) -> Cost:
+    """Of buckets that are stepped one after the other."""
+    flops: dict[str, float] = {}
+    transfers: list[Transfer] = []
+    memory = touched = 0.0
+    for cost in costs:
+        for dtype, count in cost.flops.items():
+            flops[dtype] = flops.get(dtype, 0.0) + count
+        transfers.extend(cost.transfers)
+        memory = max(memory, cost.memory)
+        touched += cost.touched
+    return Cost(flops, tuple(transfers), memory, touched)
+
+
+def collective(name: str, axis: int, size: int, local_bytes: float) -> Transfer:
+    """One collective of ``size`` ranks that each hold ``local_bytes`` before it."""
+    factor = {
+        "all_gather": size - 1.0,
+        "all_to_all": (size - 1) / size,
+        "reduce_scatter": (size - 1) / size,
+        "all_reduce": 2 * (size - 1) / size,
+    }[name]
+    return Transfer(axis, name, factor * local_bytes)
+
+
+def sharing(sizes: Sequence[int], shards: Shards, count: int) -> tuple[tuple[int, ...], int]:
+    """The axes whose ranks share ``count`` matrices, and the matrices of each rank, padding included.
+
+    As ``layout.compute_placements``: sharded axes first, each as long as padding at most doubles what remains.
+    """
+    split: list[int] = []
+    remaining = count
+    for axis in sorted(range(len(sizes)), key=lambda axis: shards[axis] is None):
+        share = -(-remaining // sizes[axis])
+        if remaining > 1 and share * sizes[axis] <= 2 * remaining:
+            split.append(axis)
+            remaining = share
+    return tuple(sorted(split)), remaining
+
+
+def assembly(
+    rows: int, columns: int, count: int, sizes: Sequence[int], shards: Shards, into: int, back: int
+) -> tuple[list[Transfer], int]:
+    """What ``on_whole_matrices`` sends for ``count`` matrices, and how many of them a rank works on.
+
+    One axis after the other.  Where the ranks share the matrices: all-to-all, reduce-scatter where Partial, nothing
+    where replicated; else all-gather or all-reduce.  The result goes back the other way.  For FSDP on A ranks that
+    makes twice (A - 1)/A of the local shard, as in microsoft/dion (README, "all-to-all").
+
+    Args:
+        rows, columns: of a matrix.
+        count: how many.
+        sizes: of the axes.
+        shards: 0, 1, None or PARTIAL for each axis.
+        into: bytes of an element on the way in.
+        back: on the way back.
+    """
+    split, own = sharing(sizes, shards, count)
+    held: float = own * math.prod(sizes[axis] for axis in split)
+    for dim, size in ((0, rows), (1, columns)):
+        local = size
+        for axis, shard in enumerate(shards):
+            if shard == dim:
+                local = -(-local // sizes[axis])
+        held *= local
+    sent: list[Transfer] = []
+    way_back: list[tuple[str | None, int]] = []
+    for axis in _order(shards, split):
+        A, shard, shared = sizes[axis], shards[axis], axis in split
+        if shard is None or shard == PARTIAL:
+            if shard == PARTIAL:
+                name = "reduce_scatter" if shared else "all_reduce"
+                sent.append(collective(name, axis, A, held * into))
+            if shared:
+                held /= A
+                way_back.append(("all_gather", axis))
+        else:
+            sent.append(collective("all_to_all" if shared else "all_gather", axis, A, held * into))
+            held *= 1 if shared else A
+            way_back.append(("all_to_all" if shared else None, axis))
+    for action, axis in reversed(way_back):
+        if action is None:
+            held /= sizes[axis]
+        else:
+            sent.append(collective(action, axis, sizes[axis], held * back))
+            held *= sizes[axis] if action == "all_gather" else 1
+    return sent, own
+
+
+def _order(shards: Shards, split: Sequence[int]) -> list[int]:
+    """As ``placements.order_of_moves``, for shards of which the later axis is the inner one."""
+    copies = [axis for axis, shard in enumerate(shards) if shard is None]
+    sums = [axis for axis, shard in enumerate(shards) if shard == PARTIAL]
+    left = [axis for axis in reversed(range(len(shards))) if shards[axis] not in (None, PARTIAL)]
+    inner_first: list[int] = []
+    while left:
+        heads = {shards[axis]: axis for axis in reversed(left)}.values()
+        head = min(heads, key=lambda axis: (axis not in split, left.index(axis)))
+        inner_first.append(head)
+        left.remove(head)
+    return [*copies, *(a for a in sums if a in split), *inner_first, *(a for a in sums if a not in split)]
