@@ -165,6 +165,10 @@ def _products(name: str, args: tuple[Any, ...]) -> float:
     if name == "dion_dtensor.orthonormal_basis":
         number, rows, columns = args[0].shape
         return float(number * basis_flops(rows, columns))
+    if name == "aten.linalg_solve_triangular":
+        return float(args[0].numel() * args[1].shape[-1])
+    if name == "aten.linalg_cholesky_ex":
+        return float(args[0].numel() * args[0].shape[-1] / 3)
     if name in ("aten.mm", "aten.bmm"):
         return float(2 * args[0].numel() * args[1].shape[-1])
     if name in ("aten.addmm", "aten.baddbmm"):

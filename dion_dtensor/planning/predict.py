@@ -194,10 +194,10 @@ def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool 
         rows = min(long, r + -(-r // 4))
         reduce(along, count * rows * r * WIDE)
         flops["float32"] += count * (2.0 * rows * local_long * r + basis_flops(rows, r) + 2.0 * rows * r**2)
-        flops["float32"] += count * (2.0 * local_long * r**2 + r**3 / 3)
+        flops["float32"] += count * (2.0 * local_long * r**2 + r**3)
         for _ in range(2):
             reduce(along, count * r * r * WIDE)
-            flops["float32"] += count * (4.0 * local_long * r**2 + 2 * r**3 / 3)
+            flops["float32"] += count * (4.0 * local_long * r**2 + 4 * r**3 / 3)
         working = 3.0 * count * local_long * r
     reduce(along, count * local_short * r * WIDE)  # R
     if orthonormal_right:
@@ -272,6 +272,15 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
         for axis in split:
             remaining[axis] = 1
             sent.append(collective("all_to_all", axis, sizes[axis], at_home))
+    if only_rows:  # the variance: all of it to every rank, and the changed values back
+        values: float = bucket.count * bucket.local(0) * WIDE
+        for axis in reversed(down):
+            sent.append(collective("all_gather", axis, sizes[axis], values))
+            values *= sizes[axis]
+        changed: float = number * chosen * WIDE
+        for axis in reversed(split):
+            sent.append(collective("all_gather", axis, sizes[axis], changed))
+            changed *= sizes[axis]
     shards = tuple(None if shard == 0 else shard for shard in shards)
     once, own = assembly(chosen, columns, number, remaining, shards, size, size)
     sent += once
