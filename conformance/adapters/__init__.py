@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from conformance.vectors import Case
 
 Arrays = Mapping[str, NDArray[Any]]
-LEVELS = ("L0", "L1", "L2", "L3", "L4")
-"""Orthonormalizer, one step, trajectory, save and resume, mesh equivalence."""
+LEVELS = ("L0", "L1", "L2", "L3", "L4", "L5")
+"""Orthonormalizer, one step, trajectory, save and resume, mesh equivalence, convergence."""
 DTYPES = ("float64", "float32", "bfloat16")
 """Compute dtypes; with bfloat16 the weights, gradients and states are float32."""
 
@@ -39,7 +39,8 @@ class Spec:
         split: how it is cut into logical matrices, or None.
         hyper: every hyperparameter of the first step.
         derived: scale_factor, rank and count of each logical matrix.
-        state: what to start from, by the oracle's key: "momentum", "Q", "variance", "exp_avg", "exp_avg_sq", "step".
+        state: what to start from, by the oracle's key: "momentum", "Q", "variance", "exp_avg", "exp_avg_sq", "step";
+            empty where the port starts as it always does (L3 to L5).
     """
 
     name: str

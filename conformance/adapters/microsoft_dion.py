@@ -60,6 +60,7 @@ adapter = TorchOptimizerAdapter(
             "dion2": ("dion",),
             "dion3": ("dion",),
         },
+        levels=("L1", "L2", "L5"),
         dtypes=("bfloat16",),
         features=("state", "split:Flatten", "split:Experts", "schedule:lr", "schedule:mu"),
         distribution="dion",

@@ -48,7 +48,9 @@ def port(
     html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
     traceback: Annotated[bool, typer.Option("--traceback", help="Print what failing cases raised.")] = False,
 ) -> None:
-    """Hold a port to the oracle: L0 orthonormalizer, L1 one step, L2 ten steps, L3 resume, L4 meshes.
+    """Hold a port to the oracle: L0 orthonormalizer, L1 one step, L2 ten steps, L3 resume, L4 meshes, L5 convergence.
+
+    L5 takes two minutes and more, and is run when asked for.
 
     Exit status 0: something passed and nothing failed; 1: something failed; 2: nothing could be run.
     """
@@ -61,7 +63,7 @@ def port(
         check_backend(device, backend)
         found = load(vectors) if vectors else load()
         claims = claims_of(adapter, timeout)
-        ids = [one.id for one in found] + mesh_ids(claims, found)
+        ids = [one.id for one in found] + mesh_ids(claims, found) + gate_ids(claims, found)
         check_known((*selection.skip, *selection.xfail), ids)
         run = run_port(adapter, claims, found, selection, console, timeout, nproc=nproc, device=device)
     except (AdapterError, SelectionError, VectorError, OSError) as error:
@@ -139,6 +141,13 @@ def mesh_ids(claims: Capabilities, vectors: VectorSet) -> list[str]:
     return [one.id for one in mesh_cases(claimed_hypers(claims, vectors), ("L3", "L4"))]
 
 
+def gate_ids(claims: Capabilities, vectors: VectorSet) -> list[str]:
+    """Ids of L5, likewise."""
+    from conformance.port import convergence
+
+    return convergence.gate_ids(claims, vectors)
+
+
 def run_port(
     adapter: str,
     claims: Capabilities,
@@ -168,6 +177,10 @@ def run_port(
                 adapter, claims, vectors, selection,
                 ranks=nproc, device=device, timeout=timeout, on_verdict=following,
             )  # fmt: skip
+        if "L5" in selection.levels and "L5" in claims.levels:
+            from conformance.port.convergence import run_gate
+
+            run.verdicts += run_gate(find(adapter), claims, vectors, selection, on_verdict=following)
     return run
 
 
