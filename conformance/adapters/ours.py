@@ -67,6 +67,8 @@ def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
         options |= {key: value for key, value in hyper.items() if key in known}
         if "polynomial" in known and "norm_factor" not in known:
             options["polynomial"] = hyper["polynomial_name"]
+        if name == "Dion":
+            options["path"] = "low_rank"  # the way that can go wrong; assembled, it is the step of one device
         if spec.algorithm == "orth_dion":
             options["right_factor"] = "orthonormalize"
         groups[0]["split"] = None if spec.split is None else str(make_split(spec.split))
