@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
@@ -37,6 +37,7 @@ def run_sweep(
     *,
     plan_only: bool = False,
     json_file: Path | None = None,
+    now: Callable[[], float] = time.monotonic,
 ) -> int:
     """Plans a sweep, does it and reports it.
 
@@ -47,12 +48,13 @@ def run_sweep(
         device: "cpu" or "cuda".
         plan_only: print the plan and stop.
         json_file: where the results go as well.
+        now: the clock the budget is kept by, in seconds.
 
     Returns:
         The exit status: 0 if all that was planned was done, 1 if the deadline cut something off or nothing could be
         measured, 130 interrupted.
     """
-    began = time.monotonic()
+    began = now()
     console = make_console()
     seconds = budget * 60 if budget is not None else None
     try:
@@ -65,13 +67,15 @@ def run_sweep(
     finished = (store.read("finished.json") or {}).get("tasks", [])
     wanted = [task for task in tasks(scale) if _available(task, console)]
     with console.status("measuring step times"):
-        plan = make_plan(wanted, lambda task: 0.0 if key(task) in finished else clock.seconds(task), seconds)
+        plan = make_plan(
+            wanted, lambda task: 0.0 if key(task) in finished else clock.seconds(task), seconds, now
+        )
     store.write("step_times.json", {device: clock.known})
     _show_plan(console, plan)
     if plan_only:
         return 0
     deadline = None if seconds is None else began + seconds - min(FIGURE_SECONDS, 0.1 * seconds)
-    with Monitor(console, plan) as monitor:
+    with Monitor(console, plan, now) as monitor:
         sweep = Sweep(
             store,
             port,
@@ -80,6 +84,7 @@ def run_sweep(
             deadline,
             on_run=monitor.on_run,
             seconds_of=lambda run: _expected(clock, run) * monitor.slowness,
+            now=now,
         )
         try:
             unfinished = _do(sweep, plan, store, finished, monitor)
@@ -89,7 +94,7 @@ def run_sweep(
     spectra = _spectra(scale, sweep.results, port) if sweep.results else {}
     done = [result.task.name for result in sweep.results]
     dropped = [task.name for task in plan.dropped if task.name not in done]
-    content = output.write(folder, sweep.results, dropped, unfinished, spectra, time.monotonic() - began)
+    content = output.write(folder, sweep.results, dropped, unfinished, spectra, now() - began)
     if json_file is not None:
         shutil.copyfile(folder / "results.json", json_file)
     measured = Measured(sweep.results)
@@ -143,7 +148,7 @@ def _fits(task: Task, plan: Plan, sweep: Sweep, monitor: Monitor) -> bool:
     )
     if expected is None or not reference or sweep.deadline is None:
         return False
-    return time.monotonic() + 1.1 * expected * monitor.slowness < sweep.deadline
+    return sweep.now() + 1.1 * expected * monitor.slowness < sweep.deadline
 
 
 def _available(task: Task, console: Console) -> bool:

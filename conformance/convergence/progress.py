@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 
 from rich.console import Console
@@ -23,11 +24,11 @@ class Monitor:
         slowness: time taken over time expected, so far.
     """
 
-    def __init__(self, console: Console, plan: Plan) -> None:
-        """Takes the plan whose tasks will be started and done in order."""
-        self.console, self.plan = console, plan
+    def __init__(self, console: Console, plan: Plan, now: Callable[[], float] = time.monotonic) -> None:
+        """Takes the plan whose tasks will be started and done in order, and the clock."""
+        self.console, self.plan, self._now = console, plan, now
         self.slowness = 1.0
-        self._began = self._task_began = time.monotonic()
+        self._began = self._task_began = now()
         self._left = plan.total
         self._spent = self._expected = 0.0
         self._trained = 0
@@ -54,7 +55,7 @@ class Monitor:
 
     def start(self, task: Task) -> None:
         """A task begins."""
-        self._task_began = time.monotonic()
+        self._task_began = self._now()
         self._show(task.name)
 
     def on_run(self, run: Run, outcome: Outcome, fresh: bool) -> None:
@@ -65,7 +66,7 @@ class Monitor:
     def done(self, task: Task, result: Result | None) -> None:
         """A task has ended."""
         expected = self.plan.seconds[task.name]
-        self._spent += time.monotonic() - self._task_began
+        self._spent += self._now() - self._task_began
         self._expected += expected
         self._left -= expected
         if self._expected > 0:
@@ -76,7 +77,7 @@ class Monitor:
         else:
             losses = interval(list(result.final.values()))
             said = f"lr {result.tuned.run.lr:.4g}, loss {losses.mean:.4f}, sd {losses.deviation:.4f}"
-        seconds = time.monotonic() - self._began
+        seconds = self._now() - self._began
         self.console.print(
             f"[{seconds:6.0f} s, {self.left()} left] {task.name}: {said}", markup=False, highlight=False
         )

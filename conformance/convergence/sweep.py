@@ -58,9 +58,10 @@ class Sweep:
         store: where runs are kept.
         port: takes the optimizer steps.
         device, dtype: see `training.Trainer`.
-        deadline: `time.monotonic()` that no run may pass; None for no limit.
+        deadline: reading of `now` that no run may pass; None for no limit.
         on_run: told every run that was needed, and whether it was trained now.
         seconds_of: expected time of a run, to stop in time.
+        now: the clock, in seconds.
     """
 
     store: Store
@@ -70,6 +71,7 @@ class Sweep:
     deadline: float | None = None
     on_run: Callable[[Run, Outcome, bool], None] = lambda run, outcome, fresh: None
     seconds_of: Callable[[Run], float] = lambda run: 0.0
+    now: Callable[[], float] = time.monotonic
     results: list[Result] = field(default_factory=list)
     best: dict[str, Run] = field(default_factory=dict)
 
@@ -82,7 +84,7 @@ class Sweep:
         found = self.store.get(run)
         fresh = found is None
         if found is None:
-            if self.deadline is not None and time.monotonic() + self.seconds_of(run) > self.deadline:
+            if self.deadline is not None and self.now() + self.seconds_of(run) > self.deadline:
                 raise OutOfTimeError
             found = train(run, self.port, device=self.device, dtype=self.dtype, on_step=self._check_time)
             self.store.put(run, found)
@@ -91,7 +93,7 @@ class Sweep:
 
     def _check_time(self, step: int, loss: float) -> None:
         """Gives a run up where it takes longer than foreseen."""
-        if self.deadline is not None and time.monotonic() > self.deadline:
+        if self.deadline is not None and self.now() > self.deadline:
             raise OutOfTimeError
 
     def do(self, task: Task) -> Result | None:

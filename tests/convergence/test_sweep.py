@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from conformance.convergence.planning import Clock, make_plan
 from conformance.convergence.store import Store
 from conformance.convergence.studies import ENTRIES, SCALES, Scale, Study, Task, tasks
 from conformance.convergence.sweep import Result, Sweep
-from conformance.convergence.training import Outcome, Run
+from conformance.convergence.training import Outcome, Run, Trainer
 from conformance.convergence.tuning import Tuned
 from conformance.convergence.workloads import Spec
 
@@ -190,13 +191,36 @@ def test_step_times_are_measured_once() -> None:
     assert clock.seconds(MUON) > 8 * 10 * first  # the search and the seeds
 
 
-def test_a_budget_is_kept_and_everything_is_written(tmp_path: Path) -> None:
-    began = time.monotonic()
-    status = run_sweep(SCALE, tmp_path, 0.2, "cpu")
-    assert time.monotonic() - began < 20
+def _time_of_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Callable[[], float]:
+    """A clock on which a training step takes so long and nothing else takes any time."""
+    taken = [0.0]
+    really = Trainer.step
+
+    def step(trainer: Trainer, number: int) -> float:
+        taken[0] += seconds
+        return really(trainer, number)
+
+    monkeypatch.setattr(Trainer, "step", step)
+    return lambda: taken[0]
+
+
+def _with_step_times(folder: Path, seconds: float) -> None:
+    known: dict[str, float] = {}
+    for task in tasks(SCALE):
+        run = task.study.run(task.entry, 1e-4, 0, 1000)
+        known[Clock.model_key(run)] = known[Clock.rule_key(run)] = seconds / 2
+    Store(folder).write("step_times.json", {"cpu": known})
+
+
+def test_a_budget_is_kept_and_everything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _with_step_times(tmp_path, 0.06)
+    clock = _time_of_steps(monkeypatch, 0.05)
+    scale = replace(SCALE, vision_steps=80, batches=((8, 60), (2, 60)))  # one task fits
+    assert run_sweep(scale, tmp_path, 0.25, "cpu", now=clock) == 0
+    assert clock() <= 15
     content = json.loads((tmp_path / "results.json").read_text())
-    assert status == (1 if content["unfinished"] else 0)
     assert "core: AdamW" in content["done"]
+    assert not content["unfinished"]
     assert content["dropped"]
     for name in ("losses.csv", "claims.csv", "report.md", *content["figures"]):
         assert (tmp_path / name).stat().st_size > 100
@@ -205,3 +229,16 @@ def test_a_budget_is_kept_and_everything_is_written(tmp_path: Path) -> None:
     assert {one["verdict"] for one in content["claims"]} <= {
         "shown", "not shown at this scale", "contradicted at this scale", "not measured"
     }  # fmt: skip
+
+
+def test_what_a_slow_machine_cuts_off_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _with_step_times(tmp_path, 0.05)
+    clock = _time_of_steps(monkeypatch, 0.5)
+    assert run_sweep(SCALE, tmp_path, 0.25, "cpu", now=clock) == 1
+    assert clock() <= 15
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["done"] == []
+    assert "core: AdamW" in content["unfinished"]
+    assert "cut off by the deadline: core: AdamW" in capsys.readouterr().out
