@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -22,13 +22,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from dion_dtensor import exchange
 from dion_dtensor.layout import StorageLayout
+from dion_dtensor.orthonormalize.gram import iterate
 from dion_dtensor.planning import Cost, Transfer
 from dion_dtensor.planning.buckets import collective
 from dion_dtensor.planning.predict import basis_flops
 from dion_dtensor.rules import RULES
 from dion_dtensor.updates import Plan, update_of
 
-__all__ = ["Launched", "count", "fake_mesh", "launched"]
+__all__ = ["Launched", "Recorder", "count", "fake_mesh", "launched"]
 
 RANKS_PER_HOST = 8
 COLLECTIVES = {
@@ -142,7 +143,7 @@ def launched(
     }
     grads, stacks = _local(stacked), {key: _local(state) for key, state, _ in states}
     before = stacked.largest_shard() * dtype.itemsize  # the engine joins the gradients
-    with _Recorder(mesh) as recorder:
+    with Recorder(mesh, (grads, *stacks.values())) as recorder:
         update_of(plan)(grads, stacks, scalars, torch.ones((), dtype=torch.float64, device=device))
     cost = Cost(dict(recorder.flops), tuple(recorder.transfers), float(before + recorder.peak), 0.0)
     return Launched(cost, tuple(recorder.collectives))
@@ -156,12 +157,6 @@ def _local(layout: StorageLayout) -> Tensor:
 
 def _products(name: str, args: tuple[Any, ...]) -> float:
     """FLOPs of an operator, zero if it is none that multiplies matrices."""
-    if name == "dion_dtensor.gram_iterations":
-        (number, short, long), lengths, blocks = args[0].shape, args[2], args[3]
-        share = (blocks + 1) / (2 * blocks)
-        products = sum(4 * length - 3 for length in lengths)
-        symmetric = len(lengths) * 2 * short**2 * long + products * 2 * short**3
-        return float(number * (share * symmetric + len(lengths) * 2 * short**2 * long))
     if name == "dion_dtensor.orthonormal_basis":
         number, rows, columns = args[0].shape
         return float(number * basis_flops(rows, columns))
@@ -169,17 +164,23 @@ def _products(name: str, args: tuple[Any, ...]) -> float:
         return float(args[0].numel() * args[1].shape[-1])
     if name == "aten.linalg_cholesky_ex":
         return float(args[0].numel() * args[0].shape[-1] / 3)
-    if name in ("aten.mm", "aten.bmm"):
+    if name in ("aten.mm", "aten.bmm", "aten.matmul"):
         return float(2 * args[0].numel() * args[1].shape[-1])
     if name in ("aten.addmm", "aten.baddbmm"):
         return float(2 * args[1].numel() * args[2].shape[-1])
     return 0.0
 
 
-class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Collectives, with the bytes of this rank, products, and the memory that tensors made meanwhile take."""
+class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Collectives, with the bytes of this rank, products, and the memory that tensors made meanwhile take.
 
-    def __init__(self, mesh: DeviceMesh) -> None:
+    Attributes:
+        transfers, collectives, flops: see `Launched` and `Cost`.
+        live, peak: bytes that are held, and that were held at most.
+    """
+
+    def __init__(self, mesh: DeviceMesh, given: Iterable[Tensor]) -> None:
+        """Of a mesh, and of a step that is given tensors which take no further memory."""
         super().__init__()  # type: ignore[no-untyped-call]
         self.axes: dict[str, int] = {mesh.get_group(axis).group_name: axis for axis in range(mesh.ndim)}
         self.sizes = [mesh.size(axis) for axis in range(mesh.ndim)]
@@ -187,18 +188,23 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.collectives: list[tuple[int, int]] = []
         self.flops: defaultdict[str, float] = defaultdict(float)
         self.live = self.peak = 0
-        self.known: set[int] = set()
+        self.known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = function(*args, **(kwargs or {}))
         name = str(function).rsplit(".", 1)[0]
+        if name == "dion_dtensor.gram_iterations":
+            with self:  # an operator to the compiler, whose products are to be seen
+                return iterate(*args, **(kwargs or {}))
+        result = function(*args, **(kwargs or {}))
         if count := _products(name, args):
             self.flops[str(args[0].dtype).removeprefix("torch.")] += count
         if name in COLLECTIVES:
             axis = next(self.axes[arg] for arg in reversed(args) if isinstance(arg, str) and arg in self.axes)
             self._sent(COLLECTIVES[name], axis, args[0].numel() * args[0].element_size())
+            if name == "_dtensor.shard_dim_alltoall":
+                result = self._exchanged(result, gather_dim=args[1], shard_dim=args[2])
         elif name in ("dion_dtensor.fetch_rows", "dion_dtensor.return_rows"):
             self._rows(name.endswith("fetch_rows"), args)
         for tensor in result if isinstance(result, tuple | list) else (result,):
@@ -220,8 +226,25 @@ class _Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             axis = self.axes[group.group_name]
             if fetch or split:
                 name = "all_to_all" if split else "all_gather"
-                self._sent(name, axis, rows * values.shape[2] * values.element_size())
+                held = rows * values.shape[2] * values.element_size()
+                arriving = held * (1 if split else size)
+                self._sent(name, axis, held)
+                self._briefly(held + 3 * arriving)  # to send, received, and in order
             rows *= 1 if split else size
+
+    def _exchanged(self, result: Tensor, gather_dim: int, shard_dim: int) -> Tensor:
+        """The result of an all-to-all, with what torch's real kernel holds meanwhile.
+
+        That is a copy to send and a copy received, each where its dim is not the first. The kernel without data
+        instead joins one input a rank and may return a view of all of that.
+        """
+        copies = (gather_dim != 0) + (shard_dim != 0)
+        self._briefly((copies + 1) * result.numel() * result.element_size())
+        return result.clone()
+
+    def _briefly(self, size: float) -> None:
+        """An operator takes memory and gives it back."""
+        self.peak = max(self.peak, self.live + int(size))
 
     def _made(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

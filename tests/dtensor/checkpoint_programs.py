@@ -12,7 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, se
 from torch.distributed.tensor import DTensor
 
 from dion_dtensor import param_groups
-from tests.dtensor.layouts import build_mesh, lay_out, layout
+from tests.dtensor.layouts import build_mesh, lay_out, layout, shared_group
 from tests.dtensor.programs import OPTIMIZERS, OWN
 from tests.dtensor.split_programs import whole
 
@@ -78,7 +78,7 @@ def resumed(name: str, resharding: str, path: str) -> tuple[list[Tensor], list[T
 def _run(name: str, where: str, steps: range, path: str = "", load: bool = False) -> list[Tensor] | None:
     """The weights after ``steps``; saved to ``path``, or loaded from it before; None on ranks outside the mesh."""
     world = 8 if where == "plain" else layout(where).world
-    group = torch.distributed.new_group(list(range(world)))
+    group = shared_group(world)
     if where != "plain":
         build_mesh(layout(where))
     weights = None

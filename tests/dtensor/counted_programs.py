@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.profiler import ProfilerActivity, profile
 
 from conformance.plan.counting import launched
 from tests.dtensor.layouts import Layout, build_mesh, placements
@@ -37,3 +38,32 @@ def launched_on_ranks(place: Layout) -> Counted | None:
     """On real processes and tensors with data; None on ranks outside the mesh."""
     mesh = build_mesh(place)
     return None if mesh.get_coordinate() is None else launched_on(mesh, place, "cpu")
+
+
+def memory_on_ranks(place: Layout) -> list[tuple[str, float, float]] | None:
+    """For each rule that keeps a momentum alone the peak in bytes, as counted and as the allocator says."""
+    mesh = build_mesh(place)
+    if mesh.get_coordinate() is None:
+        return None
+    number, shape = 4, (256, 512)
+    given = 2 * 4 * number * shape[0] * shape[1] / mesh.size()  # gradients and momentum
+    result = []
+    for algorithm, hyper in (("muon", {}), ("normuon", {}), ("dion2", {"fraction": 0.25})):
+        for _ in range(3):
+            with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+                options: dict[str, Any] = {"compute_dtype": torch.float32, "device": "cpu"}
+                found = launched(mesh, tuple(placements(place)), shape, number, algorithm, hyper, **options)
+            joined = given / 2  # counted as the engine makes it before the step
+            result.append((algorithm, found.cost.memory - joined, _peak(profiled) - given))
+    return result
+
+
+def _peak(profiled: profile) -> int:
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    events = [e for e in profiled.profiler.kineto_results.events() if e.name() == "[memory]"]
+    live = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        peak = max(peak, live)
+    return peak

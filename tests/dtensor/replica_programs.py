@@ -6,11 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from tests.dtensor.layouts import shared_group, shared_mesh
 from tests.dtensor.programs import OPTIMIZERS, OWN
 from tests.dtensor.split_programs import whole
 
@@ -56,8 +56,8 @@ def replicated(name: str, kind: str, steps: int = 3) -> dict[str, Any] | None:
     averaged.  ``fsdp``: FSDP2 on an axis of a mesh whose other axis it does not know, gradients not averaged over it.
     """
     rank = torch.distributed.get_rank() if kind != "plain" else 0
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")) if kind != "plain" else None
-    group = torch.distributed.new_group([0, 1, 2, 3]) if kind in ("ddp", "no_sync") else None
+    mesh = shared_mesh((2, 2), ("replicate", "shard")) if kind != "plain" else None
+    group = shared_group(4) if kind in ("ddp", "no_sync") else None
     if rank >= 4:
         return None
     model: nn.Module = Layers()
@@ -92,7 +92,7 @@ def low_rank_steps(steps: int) -> tuple[float, float, float] | None:
 
     The largest relative error of the update, of the averaged momentum, and how far the ranks' momenta are apart.
     """
-    group = torch.distributed.new_group([0, 1, 2, 3])
+    group = shared_group(4)
     rank = torch.distributed.get_rank()
     if rank >= 4:
         return None

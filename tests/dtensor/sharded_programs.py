@@ -7,15 +7,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from dion_dtensor import Dion, Muon, audit, param_groups
-from tests.dtensor.layouts import build_mesh, lay_out, layout
+from tests.dtensor.layouts import build_mesh, lay_out, layout, shared_mesh
 
-WRAPPED = {"fsdp": [(4,)], "hsdp": [(2, 2)], "tp": [(2, 2)], "fsdp+tp": [(2, 2)]}
+WRAPPED = {
+    "fsdp": ((4,), ("shard",)),
+    "hsdp": ((2, 2), ("replicate", "shard")),
+    "tp": ((2, 2), ("fsdp", "tp")),
+    "fsdp+tp": ((2, 2), ("fsdp", "tp")),
+}
 
 
 class Block(nn.Module):
@@ -34,17 +38,14 @@ class Block(nn.Module):
 def wrapped_training(kind: str, algorithm: str, compiled: bool) -> tuple[dict[str, Tensor], str] | None:
     """Three steps of a model wrapped as ``kind`` says; full weights and the audit."""
     if kind != "plain" and torch.distributed.get_rank() >= 4:
-        for shape in WRAPPED[kind]:
-            init_device_mesh("cpu", shape)  # groups are made by all ranks together
+        shared_mesh(*WRAPPED[kind])  # groups are made by all ranks together
         return None
     torch.manual_seed(0)
     model = Block()
-    if kind == "fsdp":
-        fully_shard(model, mesh=init_device_mesh("cpu", (4,)))
-    elif kind == "hsdp":
-        fully_shard(model, mesh=init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard")))
+    if kind in ("fsdp", "hsdp"):
+        fully_shard(model, mesh=shared_mesh(*WRAPPED[kind]))
     elif kind in ("tp", "fsdp+tp"):
-        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+        mesh = shared_mesh(*WRAPPED[kind])
         plan = {"up": ColwiseParallel(), "down": RowwiseParallel()}
         parallelize_module(model, mesh["tp"], plan)
         if kind == "fsdp+tp":
@@ -108,7 +109,7 @@ def faulty_step(fault: str, faulty_rank: int) -> tuple[str, bool] | None:
 
 def fault_among_meshes(where: str, faulty_rank: int) -> tuple[str, bool] | None:
     """A plain parameter, one on half of the ranks, one on all of them; NaN in one of them on one rank."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("fsdp", "tp"))
+    mesh = shared_mesh((2, 2), ("fsdp", "tp"))
     if mesh.get_coordinate() is None:
         return None
     ones = torch.ones(4, 4)
