@@ -108,7 +108,7 @@ class Bucket:
         return WAYS[self.choice.way] if self.choice else self.rule.way
 
     def _scale(self) -> Tensor:
-        """One factor, or one for each row that this rank holds where the pieces differ in shape."""
+        """One factor, or one for each row of a logical matrix that this rank holds where the pieces differ in shape."""
         scales, form = self.scales(), self.members[0].form
         if len(set(scales)) == 1:
             return torch.tensor(scales[0], dtype=torch.float64, device=self.device)
@@ -119,6 +119,9 @@ class Bucket:
             for p, s in zip(form.pieces, scales, strict=True)
         ]
         rows = form.split.merge(columns, (sum(p.count * p.m for p in form.pieces), 1))[0]
+        if form.across:
+            layout = form.entry.derived((None, "column"), (1, len(rows)), rows.dtype)
+            return scattered(rows.mT.contiguous().to(self.device), layout)
         layout = form.entry.derived(("row", None), (len(rows), 1), rows.dtype)
         return scattered(rows.to(self.device), layout)
 

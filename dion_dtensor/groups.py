@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from dion_dtensor.matrices import Experts, Flatten, Heads, Split, parse_split
+from dion_dtensor.matrices import Columns, Experts, Flatten, Heads, Rows, Split, parse_split
 from dion_dtensor.optimizer import OrthonormalOptimizer
 from dion_dtensor.rules import RULES
 
@@ -18,8 +18,10 @@ __all__ = ["Audit", "AuditRow", "audit", "param_groups"]
 # Wrappers that put a prefix into a parameter's name without changing the model.
 HEADS = ("head", "lm_head", "embed_out")
 TOP_HEADS = ("output", "classifier", "heads", "fc", "score")
-CONVOLUTION = "convolution"
-EXPECTED = ("embedding", "output head", "excluded")
+# Parameters that a module holds itself: a table of positions, a class token.
+TABLE = re.compile(r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings)(_|$)")
+CONVOLUTION, IN_BY_OUT, NO_STACK = "convolution", "stored as [in, out]", "no stack of matrices"
+EXPECTED = ("embedding", "output head", "excluded", NO_STACK)
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -38,8 +40,11 @@ def param_groups(
     To ``scalar`` go embeddings and whatever is tied to one, the output head (the last Linear of a module called "head",
     "lm_head" or "embed_out", or "output", "classifier", "heads", "fc" or "score" at the top of the model), 0-D and 1-D
     parameters, and whatever ``exclude`` matches.
-    A convolution's weight is one matrix (``split="flatten"``), any other 3-D weight a stack of experts
-    (``split="experts"``).  Works on plain, FSDP2- and TP-wrapped models, on Hugging Face's and torchvision's.
+    A convolution's weight is one matrix (``split="flatten"``), the weight of a Hugging Face ``Conv1D`` the transpose of
+    what is stored (``split="columns(out)"``), any other 3-D weight a stack of experts (``split="experts"``) unless one
+    of its dims is one, as of class tokens and layer scales.  Parameters that a module holds itself and whose names
+    speak of positions, tokens or embeddings count as embeddings.  Works on plain, FSDP2- and TP-wrapped models, on
+    Hugging Face's and torchvision's.
 
     Args:
         model: its trainable parameters are each claimed exactly once.
@@ -49,7 +54,8 @@ def param_groups(
         scalar_lr: of the rest; None for the optimizer's.
         exclude: regular expressions, searched in the fully qualified names.
         split: by regular expression, how a weight is cut into logical matrices: sizes of its blocks of rows
-            ``(q, k, v)``, or a split or its text (see :mod:`dion_dtensor.matrices`).
+            ``(q, k, v)``, or a split or its text (see :mod:`dion_dtensor.matrices`); rows are those of the logical
+            matrix, also of a ``Conv1D``.
         heads: by regular expression, into how many equal blocks of rows a weight is cut.
 
     Returns:
@@ -82,9 +88,14 @@ def param_groups(
         why = "excluded" if any(re.search(pattern, name) for pattern in exclude) else None
         why = why or of_modules.get(id(parameter)) or (f"{parameter.ndim}-D" if parameter.ndim < 2 else None)
         cut: str | None = None
-        if matching and why is None:
-            cut = str(splits[matching[0]])
-            why = f"{parameter.ndim}-D, {cut}"
+        if matching and why in (None, CONVOLUTION, IN_BY_OUT):
+            how = splits[matching[0]]
+            cut = str(_across(how, parameter) if why == IN_BY_OUT else how)
+            why = f"{why or f'{parameter.ndim}-D'}, {cut}"
+        elif why == IN_BY_OUT:
+            cut = str(Columns(parameter.shape[1]))
+        elif why is None and parameter.ndim > 2 and 1 in parameter.shape[:1] + parameter.shape[-2:]:
+            why = NO_STACK
         elif why == CONVOLUTION or (why is None and parameter.ndim > 3):
             cut = str(Flatten())
         elif why is None and parameter.ndim == 3:
@@ -101,6 +112,14 @@ def param_groups(
         groups[key]["params"].append((name, parameter))
         groups[key]["reasons"][name] = why or "matrix"
     return [groups[key] for key in sorted(groups, key=lambda key: (key[0] == "rest", key[1] or ""))]
+
+
+def _across(split: Split | None, parameter: Tensor) -> Split | None:
+    """The split by blocks of columns, for a weight whose logical rows are columns."""
+    if isinstance(split, Heads):
+        (piece,) = split.pieces(parameter.mT.shape)
+        return Columns(*[piece.m] * piece.count)
+    return Columns(*split.sizes) if isinstance(split, Rows) else split
 
 
 def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -122,11 +141,16 @@ def _by_module(model: nn.Module) -> dict[int, str]:
     for name, module in model.named_modules():
         if isinstance(module, nn.modules.conv._ConvNd):
             found[id(module.weight)] = CONVOLUTION
+        elif type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor):
+            found[id(module.weight)] = IN_BY_OUT  # Hugging Face's, of GPT-2
         elif name.rsplit(".", 1)[-1] in HEADS or name in TOP_HEADS:
             layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
             if layers:  # of a classifier of several layers, the last
                 found[id(layers[-1].weight)] = "output head"
     for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if TABLE.search(name):
+                found[id(parameter)] = "embedding"
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             found.update({id(parameter): "embedding" for parameter in module.parameters()})
     return found

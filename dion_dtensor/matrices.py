@@ -1,7 +1,7 @@
 """Parameter <-> logical matrices: what is orthonormalized as one, by the whole parameter's shape.
 
 A split is written as plain text in a param group, so that it goes through any checkpoint: ``"rows(768, 256, 256)"``,
-``"heads(12)"``, ``"interleaved_rows((3, 1, 1), 4)"``, ``"experts"``, ``"flatten"``.
+``"columns(768, 768, 768)"``, ``"heads(12)"``, ``"interleaved_rows((3, 1, 1), 4)"``, ``"experts"``, ``"flatten"``.
 """
 
 from __future__ import annotations
@@ -15,7 +15,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-__all__ = ["Experts", "Flatten", "Heads", "InterleavedRows", "Piece", "Rows", "Split", "parse_split"]
+__all__ = [
+    "Columns",
+    "Experts",
+    "Flatten",
+    "Heads",
+    "InterleavedRows",
+    "Piece",
+    "Rows",
+    "Split",
+    "parse_split",
+]
 
 
 @dataclass(frozen=True)
@@ -77,6 +87,41 @@ class Rows:
     def merge(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """The blocks below one another again."""
         return torch.cat(list(stacks), dim=1)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Blocks of columns of a weight stored as ``[in, out]``, each transposed to the logical ``[block, in]``.
+
+    What ``Conv1D`` of Hugging Face's GPT-2 stores; one block of all columns for a weight that is not fused.
+    """
+
+    sizes: tuple[int, ...]
+
+    def __init__(self, *sizes: int) -> None:
+        object.__setattr__(self, "sizes", Rows(*sizes).sizes)
+
+    def __str__(self) -> str:
+        return f"columns({', '.join(map(str, self.sizes))})"
+
+    def pieces(self, shape: Sequence[int]) -> tuple[Piece, ...]:
+        """One matrix a block."""
+        fits = len(shape) == 2 and shape[1] == sum(self.sizes)
+        _need(self, shape, fits, f"a matrix of {sum(self.sizes)} columns")
+        return tuple(Piece(1, size, shape[0], index) for index, size in enumerate(self.sizes))
+
+    def split(self, stack: Tensor) -> list[Tensor]:
+        """Views; what has a number a logical row comes as a column already."""
+        rows = stack if self._a_number_a_row(stack.shape[1:]) else stack.mT
+        return list(torch.split(rows, list(self.sizes), dim=1))
+
+    def merge(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """The blocks beside one another again."""
+        rows = torch.cat(list(stacks), dim=1)
+        return rows if self._a_number_a_row(shape) else rows.mT.contiguous()
+
+    def _a_number_a_row(self, shape: Sequence[int]) -> bool:
+        return tuple(shape) == (sum(self.sizes), 1)
 
 
 @dataclass(frozen=True)
@@ -190,7 +235,7 @@ class Flatten:
         return stacks[0].reshape(len(stacks[0]), *shape)
 
 
-KINDS = {"rows": Rows, "heads": Heads, "interleaved_rows": InterleavedRows}
+KINDS = {"rows": Rows, "columns": Columns, "heads": Heads, "interleaved_rows": InterleavedRows}
 
 
 def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
@@ -199,7 +244,7 @@ def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
     Raises:
         ValueError: neither.
     """
-    if split is None or isinstance(split, Rows | Heads | InterleavedRows | Experts | Flatten):
+    if split is None or isinstance(split, Rows | Columns | Heads | InterleavedRows | Experts | Flatten):
         return split
     if not isinstance(split, str):
         return Rows(*split)  # type: ignore[misc]
@@ -214,6 +259,6 @@ def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
             raise ValueError(f"split={split!r} cannot be read: {error}") from error
         return made
     raise ValueError(
-        f"split={split!r} is unknown; write rows(q, k, v), heads(count), interleaved_rows((q, k, v), groups), "
-        "experts or flatten"
+        f"split={split!r} is unknown; write rows(q, k, v), columns(q, k, v), heads(count), "
+        "interleaved_rows((q, k, v), groups), experts or flatten"
     )

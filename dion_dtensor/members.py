@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from dion_dtensor.assembly import local_of, scattered
 from dion_dtensor.layout import StorageLayout, move_shard, owners, shard_dim
-from dion_dtensor.matrices import Experts, Flatten, Heads, Piece, Split
+from dion_dtensor.matrices import Columns, Experts, Flatten, Heads, Piece, Split
 from dion_dtensor.philox import normal
 from dion_dtensor.rules import Rule, StateSpec
 
@@ -41,6 +41,11 @@ class Form:
     numbers: tuple[int, ...]
     pieces: tuple[Piece, ...]
     split: Split | None = None
+
+    @property
+    def across(self) -> bool:
+        """Whether the rows of the logical matrices are columns of the parameter."""
+        return isinstance(self.split, Columns)
 
 
 def form_of(layout: StorageLayout, split: Split | None) -> Form:
@@ -150,8 +155,8 @@ def _row_state(layout: StorageLayout, form: Form, spec: StateSpec, dtype: torch.
         sizes = (*layout.shape[:2], 1)
         shown = layout.derived(("unit", "row", None), sizes, dtype, ("unit", "row", "column"))
     else:
-        names = ("row", *["column"] * (len(layout.shape) - 1))
-        shown = layout.derived(("row", None), (layout.shape[0], 1), dtype, names)
+        names = ("column", "row") if form.across else ("row", *["column"] * (len(layout.shape) - 1))
+        shown = layout.derived(("row", None), (layout.shape[1 if form.across else 0], 1), dtype, names)
     if form.kind == "whole":
         return StateForm(spec, shown, shown, ())
     return StateForm(spec, form.entry.derived(("row", None), (form.entry.shape[0], 1), dtype), shown, ())

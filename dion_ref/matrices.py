@@ -75,6 +75,35 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Columns:
+    """Column blocks of a weight stored as ``[in, out]``, as GPT-2's Conv1D of Hugging Face is; transposed each.
+
+    ``[n, sum(sizes)]`` -> one ``[size, n]`` a block.
+
+    Raises:
+        ValueError: the sizes don't add up to the columns.
+    """
+
+    sizes: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sizes", tuple(self.sizes))
+        _check_counts(self, "sizes", self.sizes)
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """One piece a block, in order."""
+        _need_dims(self, tensor, (2,))
+        if tensor.shape[1] != sum(self.sizes):
+            raise ValueError(f"{self} needs {sum(self.sizes)} columns, got {list(tensor.shape)}")
+        return torch.split(tensor.mT, list(self.sizes))
+
+    def merge(self, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """Put the blocks beside one another again."""
+        _need_pieces(self, pieces, len(self.sizes))
+        return torch.cat(tuple(pieces)).mT.clone().reshape(tuple(shape))
+
+
+@dataclass(frozen=True)
 class Heads:
     """Rows cut into equal blocks, one a head: ``[m, n]`` -> one stack ``[count, m / count, n]``.
 

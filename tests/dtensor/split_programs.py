@@ -16,6 +16,7 @@ from tests.dtensor.programs import OPTIMIZERS, OWN
 # Sizes that shard boundaries of two, three and four ranks cut in the middle of a block.
 SHAPES: Mapping[str, tuple[int, ...]] = {
     "rows(9, 5, 5)": (19, 10),
+    "columns(9, 5, 5)": (10, 19),
     "heads(4)": (12, 10),
     "interleaved_rows((3, 1, 1), 3)": (15, 6),
     "interleaved_rows((3, 2, 1), 2, True)": (12, 7),

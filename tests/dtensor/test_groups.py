@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dion_dtensor import Dion, Dion2, Muon, audit, param_groups
+from dion_dtensor import Dion, Dion2, Muon, NorMuon, audit, param_groups
 from tests.dtensor.small import Small, optimizer_of
 
 
@@ -155,7 +155,66 @@ def test_strict_audit_fails_closed() -> None:
         audit(adamw, strict=True)
 
 
-@pytest.mark.parametrize("make_model", ["vit_b_16", "resnet18", "convnext_tiny"])
+class Conv1D(nn.Module):
+    """As Hugging Face's: the weight is stored as [in, out]."""
+
+    def __init__(self, outputs: int, inputs: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(inputs, outputs))
+        self.bias = nn.Parameter(torch.zeros(outputs))
+
+
+class Tables(nn.Module):
+    """What is no matrix although it has dims enough."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.class_token = nn.Parameter(torch.ones(1, 1, 8))
+        self.pos_embedding = nn.Parameter(torch.ones(1, 5, 8))
+        self.relative_position_bias_table = nn.Parameter(torch.ones(9, 3))
+        self.layer_scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.tokenizer = nn.Linear(8, 8, bias=False)
+
+
+def test_tables_and_scales_are_no_matrices() -> None:
+    groups = param_groups(Tables())
+    rows = {row.name: row for row in audit(Muon(groups, compile=False), strict=True).rows}
+    assert {name: (row.rule, row.why) for name, row in rows.items()} == {
+        "class_token": ("adamw", "embedding"),
+        "pos_embedding": ("adamw", "embedding"),
+        "relative_position_bias_table": ("adamw", "embedding"),
+        "layer_scale": ("adamw", "no stack of matrices"),
+        "tokenizer.weight": ("muon", "matrix"),
+    }
+
+
+def test_a_conv1d_steps_as_the_linear_layer_that_it_is() -> None:
+    """Its scale, its blocks and its heads are those of the transpose."""
+    model = nn.ModuleDict({"c_attn": Conv1D(24, 8), "c_fc": Conv1D(32, 8), "q": Conv1D(8, 8)})
+    linear = nn.ModuleDict({name: nn.Linear(8, len(layer.bias)) for name, layer in model.items()})
+    with torch.no_grad():
+        for name, layer in model.items():
+            linear[name].weight.copy_(layer.weight.mT)
+            layer.weight.grad = torch.randn_like(layer.weight)
+            linear[name].weight.grad = layer.weight.grad.mT.contiguous()
+    options: dict[str, Any] = {"split": {r"c_attn\.weight": (8, 8, 8)}, "heads": {r"^q\.weight": 2}}
+    for algorithm in ("muon", "normuon"):
+        ours, theirs = (
+            {"muon": Muon, "normuon": NorMuon}[algorithm](
+                param_groups(m, algorithm, **options), compile=False
+            )
+            for m in (model, linear)
+        )
+        matrices = {row.name: row.matrices for row in audit(ours).rows}
+        assert matrices["c_attn.weight"] == "1 of 8x8, 1 of 8x8, 1 of 8x8"
+        assert matrices["c_fc.weight"] == "1 of 32x8"
+        ours.step()
+        theirs.step()
+        for name, layer in model.items():
+            torch.testing.assert_close(layer.weight, linear[name].weight.mT, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("make_model", ["vit_b_16", "resnet18", "convnext_tiny", "swin_t"])
 def test_torchvision_models_are_claimed_whole(make_model: str) -> None:
     models = pytest.importorskip("torchvision.models")
     with torch.device("meta"):
@@ -167,5 +226,12 @@ def test_torchvision_models_are_claimed_whole(make_model: str) -> None:
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
             assert by_rule[f"{name}.weight"] == ("muon", "flatten")
-    head = {"vit_b_16": "heads.head.weight", "resnet18": "fc.weight", "convnext_tiny": "classifier.2.weight"}
+    head = {
+        "vit_b_16": "heads.head.weight",
+        "resnet18": "fc.weight",
+        "convnext_tiny": "classifier.2.weight",
+        "swin_t": "head.weight",
+    }
     assert by_rule[head[make_model]][0] == "adamw"
+    tables = ("class_token", "pos_embedding", "layer_scale", "relative_position_bias_table")
+    assert {by_rule[name][0] for name in claimed if name.rsplit(".", 1)[-1] in tables} <= {"adamw"}

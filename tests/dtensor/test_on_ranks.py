@@ -132,6 +132,7 @@ def test_other_ways_to_orthonormalize_agree(ranks: Ranks, where: str) -> None:
 
 SPLIT_LAYOUTS = {
     "rows(9, 5, 5)": ["4 S0", "2x2 T0 S0", "2x2 S0 S1"],
+    "columns(9, 5, 5)": ["4 S0", "4 S1", "2x2 T0 S0", "2x2 S0 S1"],
     "heads(4)": ["4 S0", "3 S0", "2x2 T0 S0", "4 S1"],
     "interleaved_rows((3, 1, 1), 3)": ["3 S0"],
     "interleaved_rows((3, 2, 1), 2, True)": ["2x2 S0 S1"],

@@ -15,6 +15,7 @@ from tests.dtensor.split_programs import SHAPES, split_steps, tensors
 
 ORACLE_SPLITS: dict[str, Any] = {
     "rows(9, 5, 5)": oracle.Rows((9, 5, 5)),
+    "columns(9, 5, 5)": oracle.Columns((9, 5, 5)),
     "heads(4)": oracle.Heads(4),
     "interleaved_rows((3, 1, 1), 3)": oracle.InterleavedRows((3, 1, 1), 3),
     "interleaved_rows((3, 2, 1), 2, True)": oracle.InterleavedRows((3, 2, 1), 2, stacked=True),
@@ -74,7 +75,8 @@ def test_merge_undoes_split(split: str) -> None:
         ("heads(3)", (8, 5), "rows divide by 3"),
         ("experts", (8, 5), "three dims"),
         ("flatten", (8, 5), "three to five dims"),
-        ("columns(3)", (8, 5), "is unknown; write rows"),
+        ("columns(3, 4)", (5, 8), "needs a matrix of 7 columns, not the shape \\[5, 8\\]"),
+        ("stripes(3)", (8, 5), "is unknown; write rows"),
         ("rows(a)", (8, 5), "cannot be read"),
         (None, (2, 8, 5), "split='experts' or 'flatten'"),
     ],

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dion_ref import ALGORITHMS, Experts, Flatten, Heads, InterleavedRows, Rows
+from dion_ref import ALGORITHMS, Columns, Experts, Flatten, Heads, InterleavedRows, Rows
 from dion_ref.philox import normal
 
 from .helpers import ALL, LOW_RANK, gaussian, tensors_of
@@ -13,6 +13,7 @@ from .helpers import ALL, LOW_RANK, gaussian, tensors_of
 SPLITS = [
     (Rows((6, 2, 2)), (10, 5), [(6, 5), (2, 5), (2, 5)]),
     (Rows((3, 4)), (2, 7, 5), [(2, 3, 5), (2, 4, 5)]),
+    (Columns((6, 2, 2)), (5, 10), [(6, 5), (2, 5), (2, 5)]),
     (Heads(3), (12, 5), [(3, 4, 5)]),
     (InterleavedRows((4, 2, 2), groups=2), (16, 5), [(8, 5), (4, 5), (4, 5)]),
     (InterleavedRows((4, 2, 2), groups=2, stacked=True), (16, 5), [(2, 4, 5), (2, 2, 5), (2, 2, 5)]),
@@ -41,6 +42,8 @@ def numbered(rows, columns=1):
 def test_which_rows_go_where():
     rows = [piece.flatten().tolist() for piece in Rows((2, 1)).split(numbered(3))]
     assert rows == [[0, 1], [2]]
+    columns = [piece.flatten().tolist() for piece in Columns((2, 1)).split(numbered(3).mT)]
+    assert columns == rows
     assert Heads(2).split(numbered(4))[0].squeeze(-1).tolist() == [[0, 1], [2, 3]]
     q, k, v = InterleavedRows((2, 1, 1), groups=2).split(numbered(8))
     assert [q.flatten().tolist(), k.flatten().tolist(), v.flatten().tolist()] == [
