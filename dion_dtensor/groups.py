@@ -20,8 +20,11 @@ HEADS = ("head", "lm_head", "embed_out")
 TOP_HEADS = ("output", "classifier", "heads", "fc", "score")
 # Parameters that a module holds itself: a table of positions, a class token.
 TABLE = re.compile(r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings)(_|$)")
-CONVOLUTION, IN_BY_OUT, NO_STACK = "convolution", "stored as [in, out]", "no stack of matrices"
-EXPECTED = ("embedding", "output head", "excluded", NO_STACK)
+# Biases of experts, decay rates of state-space models.
+NO_MATRIX = re.compile(r"(^|_)(bias|log)$")
+CONVOLUTION, IN_BY_OUT = "convolution", "stored as [in, out]"
+NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
+EXPECTED = ("embedding", "output head", "excluded", NO_STACK, BY_NAME)
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -43,8 +46,9 @@ def param_groups(
     A convolution's weight is one matrix (``split="flatten"``), the weight of a Hugging Face ``Conv1D`` the transpose of
     what is stored (``split="columns(out)"``), any other 3-D weight a stack of experts (``split="experts"``) unless one
     of its dims is one, as of class tokens and layer scales.  Parameters that a module holds itself and whose names
-    speak of positions, tokens or embeddings count as embeddings.  Works on plain, FSDP2- and TP-wrapped models, on
-    Hugging Face's and torchvision's.
+    speak of positions, tokens or embeddings count as embeddings; ``*bias`` and ``*_log`` of two dims or more go to
+    ``scalar`` too.  Works on plain, FSDP2- and TP-wrapped models, on Hugging Face's and torchvision's.  Nothing tells
+    that experts are stored as ``[E, in, out]`` (gpt-oss): they get the scale of the shape that they are stored in.
 
     Args:
         model: its trainable parameters are each claimed exactly once.
@@ -151,6 +155,8 @@ def _by_module(model: nn.Module) -> dict[int, str]:
         for name, parameter in module.named_parameters(recurse=False):
             if TABLE.search(name):
                 found[id(parameter)] = "embedding"
+            elif parameter.ndim > 1 and NO_MATRIX.search(name):
+                found[id(parameter)] = BY_NAME
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             found.update({id(parameter): "embedding" for parameter in module.parameters()})
     return found
