@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.optim import adamw as adamw_of_torch
 
-from dion_dtensor import Dion, Muon
+from dion_dtensor import Dion, Muon, param_groups
 from dion_dtensor.updates import update_of
 from tests.dtensor.small import MATRIX_RULES, RULES, Small, backward, make, optimizer_of, train
 
@@ -37,7 +38,7 @@ def test_schedules_compile_once_and_agree_with_eager(algorithm: str) -> None:
         optimizer = optimizer_of(model, algorithm, compile=compiled)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
         torch._dynamo.utils.counters.clear()
-        for step in range(4):
+        for step in range(50):
             optimizer.zero_grad()
             backward(model, step)
             optimizer.step()
@@ -48,13 +49,32 @@ def test_schedules_compile_once_and_agree_with_eager(algorithm: str) -> None:
                     group["mu"] *= 0.99
             if step == 0:
                 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+            if step == 3:  # before the trajectories part
+                results.append([parameter.detach().clone() for parameter in model.parameters()])
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == graphs
         # AdamW takes a kernel of torch.
         assert graphs == (sum(bucket.rule.fused is None for bucket in optimizer.buckets) if compiled else 0)
         assert not torch._dynamo.utils.counters["graph_break"]
-        results.append([parameter.detach() for parameter in model.parameters()])
     for eager, compiled_weight in zip(*results, strict=True):
         torch.testing.assert_close(compiled_weight, eager, rtol=1e-11, atol=1e-13)
+
+
+def test_graphs_do_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Dynamo alone: how often it is asked is what counts.
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    graphs = {}
+    for layers in (2, 8):
+        update_of.cache_clear()
+        torch._dynamo.utils.counters.clear()
+        model = nn.ModuleList(nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 24)]) for _ in range(layers))
+        optimizer = Muon(param_groups(model), compile=True)
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        for _ in range(2):
+            optimizer.step()
+        graphs[layers] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    update_of.cache_clear()
+    assert graphs == {2: 2, 8: 2}
 
 
 def test_parameters_without_gradient_are_left_alone() -> None:
