@@ -124,9 +124,9 @@ class StorageLayout:
             if dim is None:
                 return placement
             name = own_dims[dim]
-            if name in dims:
-                return move_shard(placement, dims.index(name))
-            return Shard(dims.index("rank")) if "rank" in dims else Replicate()
+            if name not in dims:
+                name = "rank"
+            return move_shard(placement, dims.index(name)) if name in dims else Replicate()
 
         return replace(self, shape=tuple(sizes), dtype=dtype, placements=tuple(map(placed, self.placements)))
 

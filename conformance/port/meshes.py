@@ -29,6 +29,7 @@ class Log:
         hung: the line of a rank that ended itself.
     """
 
+    on_finished: Callable[[int, Finished], None]
     started: dict[int, int] = field(default_factory=dict)
     finished: dict[int, Finished] = field(default_factory=dict)
     hung: str = ""
@@ -41,6 +42,7 @@ class Log:
             self.hung = self.hung or event.message
         elif isinstance(event, Finished):
             self.finished[event.index] = event
+            self.on_finished(event.index, event)
 
 
 def run_meshes(
@@ -65,7 +67,7 @@ def run_meshes(
         ranks: local processes (those of another launcher are taken).
         device: "cpu" (gloo) or "cuda" (NCCL).
         timeout: seconds a case, and a collective.
-        on_verdict: called with each.
+        on_verdict: called with each, as soon as it is known.
         keep: called with each job and its results, to compare backends.
     """
     verdicts: list[Verdict] = []
@@ -83,13 +85,15 @@ def run_meshes(
     folder = checkpoint_folder()
     try:
         while todo:
-            log = Log()
-            failure = _start(adapter, todo, log, ranks, device, timeout, folder)
-            for index, finished in sorted(log.finished.items()):
-                verdict = selection.judged(graded(todo[index], finished))
+
+            def finish(index: int, finished: Finished, jobs: Sequence[Job] = todo) -> None:
+                verdict = selection.judged(graded(jobs[index], finished))
                 verdicts.append(verdict)
-                keep(todo[index], finished)
+                keep(jobs[index], finished)
                 on_verdict(verdict)
+
+            log = Log(finish)
+            failure = _start(adapter, todo, log, ranks, device, timeout, folder)
             done = set(log.finished)
             if failure is not None:
                 blamed = log.started.get(failure.rank, max(log.started.values(), default=0))
