@@ -26,12 +26,13 @@ EVERYWHERE = -1
 
 @dataclass(frozen=True, eq=False)
 class Route:
-    """Between storage, where the axes of the route shard the rows, and the work.
+    """Between storage, where each axis of the route shards the rows or holds copies, and the work.
 
     Attributes:
-        groups: process group of each axis.
+        groups: process group of each axis, in the order of the mesh.
         sizes: ranks of each axis.
         here: this rank's coordinates.
+        sharded: for each axis, whether it shards the rows; otherwise each of its ranks holds all.
         owner: ``[rows, axes]``, the coordinates of the rank that holds each row.
         place: ``[rows]``, the row's index there.
         split: for each axis, whether its ranks share the matrices; otherwise each of them works on all.
@@ -40,9 +41,15 @@ class Route:
     groups: tuple[ProcessGroup, ...]
     sizes: tuple[int, ...]
     here: tuple[int, ...]
+    sharded: tuple[bool, ...]
     owner: Tensor
     place: Tensor
     split: tuple[bool, ...]
+
+    @property
+    def order(self) -> tuple[int, ...]:
+        """The axes as rows travel to the work: first each copy drops what others work on, then the rest is sent."""
+        return tuple(sorted(range(len(self.sizes)), key=lambda axis: self.sharded[axis]))
 
     def workers(self, matrices: int) -> Tensor:
         """``[matrices, axes]``, the coordinates of the ranks that work on each of ``matrices`` (a padded number)."""
@@ -84,25 +91,29 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
         mesh: of the stack.
         placements: some axes shard the rows (dim 1).
         rows: of each matrix.
-        split: the axes, among those, whose ranks share the matrices.
+        split: the axes whose ranks share the matrices: some of those, and some that hold copies.
     """
     key = (mesh, placements, rows, split)
     if key not in _known:
-        axes = axes_sharding(placements, 1)
-        sizes = tuple(mesh.size(axis) for axis in axes)
+        sharding = axes_sharding(placements, 1)
+        axes = tuple(sorted({*sharding, *split}))
+        sharded = tuple(axis in sharding for axis in axes)
         coordinates = mesh.get_coordinate()
         assert coordinates is not None
-        owner = torch.empty(rows, len(axes), dtype=torch.long)
+        owner = torch.full((rows, len(axes)), EVERYWHERE)
         place = torch.empty(rows, dtype=torch.long)
-        for coordinate, held in owners(rows, sizes, tuple(placements[axis] for axis in axes)).items():
-            owner[held] = torch.tensor(coordinate)
+        sizes = tuple(mesh.size(axis) for axis in sharding)
+        for coordinate, held in owners(rows, sizes, tuple(placements[axis] for axis in sharding)).items():
+            columns = torch.tensor(sharded).nonzero().T
+            owner[torch.tensor(held, dtype=torch.long)[:, None], columns] = torch.tensor(coordinate)
             place[held] = torch.arange(len(held))
         _known[key] = len(_routes)
         _routes.append(
             Route(
                 groups=tuple(mesh.get_group(axis) for axis in axes),
-                sizes=sizes,
+                sizes=tuple(mesh.size(axis) for axis in axes),
                 here=tuple(coordinates[axis] for axis in axes),
+                sharded=sharded,
                 owner=owner,
                 place=place,
                 split=tuple(axis in split for axis in axes),
@@ -130,7 +141,7 @@ def fetch_rows(local: Tensor, chosen: Tensor, number: int, matrices: int) -> Ten
     at, keys = way.owner[picked].clone(), torch.arange(len(picked))
     held = keys[way.here_of(at)]
     rows = local[(held // k).to(local.device), way.place[picked[held]].to(local.device)]
-    for axis in range(len(way.sizes)):
+    for axis in way.order:
         rows, held = _hop(rows, held, at, workers[:, axis], way, axis)
     own = way.own(matrices)
     result = local.new_zeros(len(own), k, local.shape[2])
@@ -161,7 +172,7 @@ def return_rows(values: Tensor, chosen: Tensor, number: int, matrices: int, held
     home, keys = way.owner[picked], torch.arange(len(picked))
     held = keys[way.here_of(at)]
     rows = values[(held // k - way.own(matrices).start).to(values.device), (held % k).to(values.device)]
-    for axis in reversed(range(len(way.sizes))):
+    for axis in reversed(way.order):
         rows, held = _hop(rows, held, at, home[:, axis], way, axis)
     result = values.new_zeros(count, held_rows, values.shape[2])
     result[(held // k).to(values.device), way.place[picked[held]].to(values.device)] = rows

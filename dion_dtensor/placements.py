@@ -15,6 +15,7 @@ from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 from dion_dtensor.layout import move_shard, shard_dim
 
 __all__ = [
+    "axes_holding_copies",
     "axes_sharding",
     "moves",
     "of_apart",
@@ -76,6 +77,12 @@ def of_apart(placements: Placements) -> Placements:
 def axes_sharding(placements: Placements, dim: int) -> tuple[int, ...]:
     """The axes that shard ``dim``."""
     return tuple(axis for axis, p in enumerate(placements) if shard_dim(p) == dim)
+
+
+@constant
+def axes_holding_copies(placements: Placements) -> tuple[int, ...]:
+    """The axes whose ranks hold the same."""
+    return tuple(axis for axis, p in enumerate(placements) if isinstance(p, Replicate))
 
 
 @constant

@@ -5,6 +5,7 @@ The choice is the same on every mesh, to the last bit: see :func:`row_sums`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -118,7 +119,8 @@ def _on_shards(
     split: tuple[int, ...] = ()
     number = padded = 0
     if exchanged:
-        split, ranks = sharing_axes(mesh, axes, count)
+        split = _sharing(mesh, storage, count)
+        ranks = math.prod(mesh.size(axis) for axis in split)
         padded = count + -count % ranks
         number = route(mesh, storage, stack.shape[1], split)
         rows = fetch_rows(local, chosen, number, padded)
@@ -144,6 +146,17 @@ def _on_shards(
         directions = _spread(values, chosen, stack)
     new = [_all_blocks(one.to_local(), mesh, split)[:count] for one in result[1:]]
     return directions, *new
+
+
+def _sharing(mesh: DeviceMesh, storage: tuple[Placement, ...], count: int) -> tuple[int, ...]:
+    """The axes, of those that shard rows or hold copies, whose ranks share ``count`` matrices before rows are sent.
+
+    Axes that shard columns come before copies: a copy that does not share costs work, such an axis an all-gather.
+    """
+    columns = algebra.axes_sharding(storage, 2)
+    order = (*algebra.axes_sharding(storage, 1), *columns, *algebra.axes_holding_copies(storage))
+    split, _ = sharing_axes(mesh, order, count)
+    return tuple(axis for axis in sorted(split) if axis not in columns)
 
 
 def _rows(stack: Tensor, chosen: Tensor) -> Tensor:

@@ -219,18 +219,21 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _rows(self, fetch: bool, args: tuple[Any, ...]) -> None:
         """Which rows travel depends on the data: as many as if every rank held as many of them as any other."""
         values, chosen, route = args[0], args[1], exchange._routes[args[2]]
+        before, after = (route.sharded, route.split) if fetch else (route.split, route.sharded)
         rows = float(chosen.numel())
-        for size in route.sizes:
-            rows /= size
-        for group, size, split in zip(route.groups, route.sizes, route.split, strict=True):
-            axis = self.axes[group.group_name]
-            if fetch or split:
-                name = "all_to_all" if split else "all_gather"
-                held = rows * values.shape[2] * values.element_size()
-                arriving = held * (1 if split else size)
-                self._sent(name, axis, held)
-                self._briefly(held + 3 * arriving)  # to send, received, and in order
-            rows *= 1 if split else size
+        for size, shared in zip(route.sizes, before, strict=True):
+            rows /= size if shared else 1
+        for axis in route.order if fetch else reversed(route.order):
+            size = route.sizes[axis]
+            if not before[axis]:  # nothing travels; where the ranks share afterwards, each keeps its part
+                rows /= size if after[axis] else 1
+                continue
+            held = rows * values.shape[2] * values.element_size()
+            rows *= 1 if after[axis] else size
+            name = "all_to_all" if after[axis] else "all_gather"
+            self._sent(name, self.axes[route.groups[axis].group_name], held)
+            # To send, received, and in order.
+            self._briefly(held + 3 * rows * values.shape[2] * values.element_size())
 
     def _exchanged(self, result: Tensor, gather_dim: int, shard_dim: int) -> Tensor:
         """The result of an all-to-all, with what torch's real kernel holds meanwhile.

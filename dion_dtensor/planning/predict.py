@@ -263,15 +263,22 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
             sent.append(collective("all_gather", axis, sizes[axis], held))
             held *= sizes[axis]
     else:
-        split, number = _sharing_of(down, sizes, bucket.count)
+        copies = tuple(axis for axis, shard in enumerate(shards) if shard is None)
+        planned, _ = _sharing_of(down + along + copies, sizes, bucket.count)
+        split = tuple(axis for axis in planned if axis not in along)
+        number = -(-bucket.count // math.prod(sizes[axis] for axis in split))
         moved = bucket.count * chosen * bucket.local(1 - dim) * size / math.prod(sizes[axis] for axis in down)
+        moved /= math.prod(sizes[axis] for axis in split if axis in copies)
         at_home = moved
         for axis in down:
             sent.append(collective("all_to_all" if axis in split else "all_gather", axis, sizes[axis], moved))
             moved *= 1 if axis in split else sizes[axis]
         for axis in split:
             remaining[axis] = 1
-            sent.append(collective("all_to_all", axis, sizes[axis], at_home))
+            sent.append(
+                collective("all_gather" if axis in copies else "all_to_all", axis, sizes[axis], at_home)
+            )
+            at_home *= sizes[axis] if axis in copies else 1
     if only_rows:  # the variance: all of it to every rank, and the changed values back
         values: float = bucket.count * bucket.local(0) * WIDE
         for axis in reversed(down):

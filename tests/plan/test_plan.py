@@ -96,7 +96,7 @@ def test_muon_sends_its_shard_twice(mesh: str) -> None:
     assert counted(mesh, "muon", "assemble").bytes() <= 1.1 * formula
 
 
-@pytest.mark.parametrize("mesh", ["fsdp", "columns", "fsdp x tp", "nested"])
+@pytest.mark.parametrize("mesh", MESHES)
 def test_chosen_rows_send_their_fraction(mesh: str) -> None:
     """Whichever dim is sharded."""
     for algorithm in ("dion2", "dion3"):
