@@ -45,8 +45,12 @@ def plan(
             "--optimizer", help="adamw, muon, normuon, dion:1/4, dion2:1/4, dion3:1/4 (repeatable)."
         ),
     ] = None,
+    ranks: Annotated[
+        str,
+        typer.Option("--hardware", help="h100: hosts of eight; here: this CPU, measured, links left out."),
+    ] = "h100",
     efficiency: Annotated[
-        float, typer.Option(min=0.01, max=1.0, help="Share of the peaks that is reached.")
+        float, typer.Option(min=0.01, max=1.0, help="Share of an H100's peaks that is reached.")
     ] = 0.6,
     flops: Annotated[
         list[str] | None, typer.Option(help="DTYPE=FLOP/s of a rank, as bfloat16=989e12 (repeatable).")
@@ -67,7 +71,7 @@ def plan(
     # Imported here: `--help` need not wait for torch.
     from conformance.plan.estimate import MESH_AXES, candidate, estimates
     from conformance.plan.figure import draw
-    from conformance.plan.hardware import h100
+    from conformance.plan.hardware import h100, this_machine
     from conformance.plan.models import model_of
     from conformance.port.output import json_bytes, write_whole
 
@@ -80,7 +84,10 @@ def plan(
     try:
         chosen = [candidate(text) for text in optimizers or USUAL]
         built = model_of(model)
-        hardware = _with(h100(sizes, efficiency), flops, bandwidth, latency, len(sizes))
+        if ranks not in ("h100", "here"):
+            raise ValueError(f"--hardware {ranks!r} must be h100 or here")
+        known = h100(sizes, efficiency) if ranks == "h100" else this_machine(sizes)
+        hardware = _with(known, flops, bandwidth, latency, len(sizes))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     console = Console() if sys.stdout.isatty() else Console(width=150)
@@ -109,7 +116,8 @@ def plan(
             "flops": dict(hardware.flops),
             "source": hardware.source,
             "memory bandwidth": hardware.memory_bandwidth,
-            "bandwidth": list(hardware.bandwidth),
+            # None where links cost nothing: JSON has no infinity.
+            "bandwidth": [value if math.isfinite(value) else None for value in hardware.bandwidth],
             "latency": list(hardware.latency),
         }
         write_whole(json_file, json_bytes(about | {"optimizers": rows}))

@@ -190,6 +190,11 @@ def test_the_command(tmp_path: Path) -> None:
     assert rows[0]["bytes"] == {"fsdp": {}, "tp": {}}
     assert set(rows[1]["bytes"]["tp"]) <= {"all_to_all", "all_gather"}
     assert picture.stat().st_size > 10_000
+    here = ["--mesh", "1", "--hardware", "here", "--optimizer", "muon", "--model", str(config)]
+    assert CliRunner().invoke(app, ["plan", *here, "--json", str(numbers)]).exit_code == 0
+    measured = json.loads(numbers.read_text())
+    assert measured["hardware"]["source"].startswith("measured: ")
+    assert measured["optimizers"][0]["bytes"] == {"fsdp": {}}
 
 
 @pytest.mark.parametrize(
@@ -202,6 +207,7 @@ def test_the_command(tmp_path: Path) -> None:
         ["--mesh", "2x2x2x2"],
         ["--mesh", "2x4", "--axes", "fsdp"],
         ["--optimizer", "sgd"],
+        ["--hardware", "abacus"],
         ["--optimizer", "dion:2"],
         ["--optimizer", "dion:x"],
         ["--mesh", "2x4", "--bandwidth", "1e9"],
