@@ -5,7 +5,6 @@ The choice is the same on every mesh, to the last bit: see :func:`row_sums`.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -119,8 +118,7 @@ def _on_shards(
     split: tuple[int, ...] = ()
     number = padded = 0
     if exchanged:
-        split = _sharing(mesh, storage, count)
-        ranks = math.prod(mesh.size(axis) for axis in split)
+        split, ranks = _sharing(mesh, storage, count)
         padded = count + -count % ranks
         number = route(mesh, storage, stack.shape[1], split)
         rows = fetch_rows(local, chosen, number, padded)
@@ -148,15 +146,22 @@ def _on_shards(
     return directions, *new
 
 
-def _sharing(mesh: DeviceMesh, storage: tuple[Placement, ...], count: int) -> tuple[int, ...]:
+def _sharing(mesh: DeviceMesh, storage: tuple[Placement, ...], count: int) -> tuple[tuple[int, ...], int]:
     """The axes, of those that shard rows or hold copies, whose ranks share ``count`` matrices before rows are sent.
+
+    And how many ranks that makes.
 
     Axes that shard columns come before copies: a copy that does not share costs work, such an axis an all-gather.
     """
     columns = algebra.axes_sharding(storage, 2)
     order = (*algebra.axes_sharding(storage, 1), *columns, *algebra.axes_holding_copies(storage))
-    split, _ = sharing_axes(mesh, order, count)
-    return tuple(axis for axis in sorted(split) if axis not in columns)
+    chosen, _ = sharing_axes(mesh, order, count)
+    split, ranks = [], 1
+    for axis in range(mesh.ndim):  # a plain loop, which Dynamo can trace
+        if axis in chosen and axis not in columns:
+            split.append(axis)
+            ranks *= mesh.size(axis)
+    return tuple(split), ranks
 
 
 def _rows(stack: Tensor, chosen: Tensor) -> Tensor:
