@@ -119,11 +119,10 @@ class Bucket:
             for p, s in zip(form.pieces, scales, strict=True)
         ]
         rows = form.split.merge(columns, (sum(p.count * p.m for p in form.pieces), 1))[0]
-        if form.across:
-            layout = form.entry.derived((None, "column"), (1, len(rows)), rows.dtype)
-            return scattered(rows.mT.contiguous().to(self.device), layout)
-        layout = form.entry.derived(("row", None), (len(rows), 1), rows.dtype)
-        return scattered(rows.to(self.device), layout)
+        values = rows.mT.contiguous() if form.across else rows
+        dims = (None, "column") if form.across else ("row", None)
+        layout = form.entry.derived(dims, tuple(values.shape), values.dtype)
+        return scattered(values.to(self.device), layout)
 
     def step(self, members: Sequence[Member], grads: Sequence[Tensor], pending: tuple[int, ...] = ()) -> None:
         """Step ``members`` (all of the bucket, or those that have a gradient) with their local ``grads``.

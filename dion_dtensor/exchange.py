@@ -100,13 +100,14 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
         sharded = tuple(axis in sharding for axis in axes)
         coordinates = mesh.get_coordinate()
         assert coordinates is not None
-        owner = torch.full((rows, len(axes)), EVERYWHERE)
+        holder = torch.empty(rows, len(sharding), dtype=torch.long)
         place = torch.empty(rows, dtype=torch.long)
         sizes = tuple(mesh.size(axis) for axis in sharding)
         for coordinate, held in owners(rows, sizes, tuple(placements[axis] for axis in sharding)).items():
-            columns = torch.tensor(sharded).nonzero().T
-            owner[torch.tensor(held, dtype=torch.long)[:, None], columns] = torch.tensor(coordinate)
+            holder[held] = torch.tensor(coordinate)
             place[held] = torch.arange(len(held))
+        owner = torch.full((rows, len(axes)), EVERYWHERE)
+        owner[:, torch.tensor(sharded)] = holder
         _known[key] = len(_routes)
         _routes.append(
             Route(

@@ -171,6 +171,7 @@ def _products(name: str, args: tuple[Any, ...]) -> float:
     return 0.0
 
 
+# Ignored: torch does not type how its base class is subclassed.
 class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collectives, with the bytes of this rank, products, and the memory that tensors made meanwhile take.
 
@@ -220,7 +221,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Which rows travel depends on the data: as many as if every rank held as many of them as any other."""
         values, chosen, route = args[0], args[1], exchange._routes[args[2]]
         before, after = (route.sharded, route.split) if fetch else (route.split, route.sharded)
-        rows = float(chosen.numel())
+        rows, width = float(chosen.numel()), values.shape[2] * values.element_size()
         for size, shared in zip(route.sizes, before, strict=True):
             rows /= size if shared else 1
         for axis in route.order if fetch else reversed(route.order):
@@ -228,12 +229,12 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if not before[axis]:  # nothing travels; where the ranks share afterwards, each keeps its part
                 rows /= size if after[axis] else 1
                 continue
-            held = rows * values.shape[2] * values.element_size()
+            held = rows * width
             rows *= 1 if after[axis] else size
             name = "all_to_all" if after[axis] else "all_gather"
             self._sent(name, self.axes[route.groups[axis].group_name], held)
             # To send, received, and in order.
-            self._briefly(held + 3 * rows * values.shape[2] * values.element_size())
+            self._briefly(held + 3 * rows * width)
 
     def _exchanged(self, result: Tensor, gather_dim: int, shard_dim: int) -> Tensor:
         """The result of an all-to-all, with what torch's real kernel holds meanwhile.

@@ -53,14 +53,14 @@ def this_machine(sizes: Sequence[int], seconds: float = 3.0) -> Hardware:
     product = _fastest(lambda: left @ right, seconds / 2)
     low, high = torch.randn(1 << 24), torch.randn(1 << 24)
     passes = _fastest(lambda: low.add_(high, alpha=1e-6), seconds / 2)
-    rate = 2 * 4 * 1024**3 / product
+    rate, memory = 2 * 4 * 1024**3 / product, 3 * 4 * low.numel() / passes
     return Hardware(
         name="this machine",
         flops={"float32": rate, "bfloat16": rate, "float64": rate / 2},
-        memory_bandwidth=3 * 4 * low.numel() / passes,
+        memory_bandwidth=memory,
         bandwidth=[math.inf] * len(sizes),
         latency=[0.0] * len(sizes),
-        source=f"measured: {rate / 1e9:.0f} GFLOP/s in float32, {12 * low.numel() / passes / 1e9:.1f} GB/s; no links",
+        source=f"measured: {rate / 1e9:.0f} GFLOP/s in float32, {memory / 1e9:.1f} GB/s; no links",
     )
 
 

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
@@ -28,6 +28,7 @@ from conformance.adapters.oracle import make_hyper
 from conformance.launch import Rank
 from conformance.port.mesh_cases import RESUME_AFTER, SHAPES, STEPS, Layout, MeshCase
 from conformance.port.watchdog import watched
+from conformance.process_groups import shared_group, shared_mesh
 from conformance.vectors import oracle, tolerance
 from conformance.vectors.plans import Plan
 from dion_ref import ALGORITHMS
@@ -213,23 +214,13 @@ def _groups(digests: Sequence[str | None]) -> str:
 
 def build_mesh(layout: Layout, device: str) -> DeviceMesh:
     """The mesh of a layout on the first ranks, made once a process group."""
-    return _build_mesh(layout.mesh, layout.axes, device, dist.group.WORLD)
-
-
-@functools.cache
-def _build_mesh(sizes: tuple[int, ...], axes: tuple[str, ...], device: str, world: object) -> DeviceMesh:
-    return init_device_mesh(device, sizes, mesh_dim_names=axes)
+    return shared_mesh(layout.mesh, layout.axes, device)
 
 
 def _group_of(mesh: DeviceMesh, layout: Layout | None) -> Any:
     """The process group of the mesh's ranks."""
     assert layout is not None
-    return _group(layout.ranks, dist.group.WORLD)
-
-
-@functools.cache
-def _group(ranks: int, world: object) -> Any:
-    return dist.new_group(list(range(ranks)))
+    return shared_group(layout.ranks)
 
 
 def placements(layout: Layout) -> list[Placement]:

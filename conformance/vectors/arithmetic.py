@@ -164,6 +164,7 @@ REPLACED: dict[Any, Callable[..., Any]] = {
 }
 
 
+# Ignored: torch does not type how its base class is subclassed.
 class FixedOrder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Inside it, torch on the CPU computes what the oracle needs in one order, and refuses everything else."""
 

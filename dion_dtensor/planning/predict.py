@@ -264,7 +264,7 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
             held *= sizes[axis]
     else:
         copies = tuple(axis for axis, shard in enumerate(shards) if shard is None)
-        planned, _ = _sharing_of(down + along + copies, sizes, bucket.count)
+        planned = _sharing_of(down + along + copies, sizes, bucket.count)
         split = tuple(axis for axis in planned if axis not in along)
         number = -(-bucket.count // math.prod(sizes[axis] for axis in split))
         moved = bucket.count * chosen * bucket.local(1 - dim) * size / math.prod(sizes[axis] for axis in down)
@@ -296,9 +296,9 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
     return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, _touched(bucket, 12))
 
 
-def _sharing_of(axes: tuple[int, ...], sizes: tuple[int, ...], count: int) -> tuple[tuple[int, ...], int]:
-    split, remaining = sharing([sizes[axis] for axis in axes], [0] * len(axes), count)
-    return tuple(axes[index] for index in split), remaining
+def _sharing_of(axes: tuple[int, ...], sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
+    split, _ = sharing([sizes[axis] for axis in axes], [0] * len(axes), count)
+    return tuple(axes[index] for index in split)
 
 
 def _elementwise(bucket: Bucket, way: str, fraction: float, *, passes: int) -> Cost:

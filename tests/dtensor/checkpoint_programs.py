@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.tensor import DTensor
 
+from conformance.process_groups import shared_group
 from dion_dtensor import param_groups
-from tests.dtensor.layouts import build_mesh, lay_out, layout, shared_group
+from tests.dtensor.layouts import build_mesh, lay_out, layout
 from tests.dtensor.programs import OPTIMIZERS, OWN
 from tests.dtensor.split_programs import whole
 

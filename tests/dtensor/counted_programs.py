@@ -46,12 +46,12 @@ def memory_on_ranks(place: Layout) -> list[tuple[str, float, float]] | None:
     if mesh.get_coordinate() is None:
         return None
     number, shape = 4, (256, 512)
+    options: dict[str, Any] = {"compute_dtype": torch.float32, "device": "cpu"}
     given = 2 * 4 * number * shape[0] * shape[1] / mesh.size()  # gradients and momentum
     result = []
     for algorithm, hyper in (("muon", {}), ("normuon", {}), ("dion2", {"fraction": 0.25})):
         for _ in range(3):
             with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-                options: dict[str, Any] = {"compute_dtype": torch.float32, "device": "cpu"}
                 found = launched(mesh, tuple(placements(place)), shape, number, algorithm, hyper, **options)
             joined = given / 2  # counted as the engine makes it before the step
             result.append((algorithm, found.cost.memory - joined, _peak(profiled) - given))

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
+
+from conformance.process_groups import shared_mesh
 
 # S0, S1: Shard; R: Replicate; T0, T1: _StridedShard, as FSDP2 makes it over a tensor-parallel axis that comes later.
 CODES = "R S0 S1 T0 T1"
@@ -73,27 +73,6 @@ LAYOUTS = [
 def build_mesh(layout: Layout) -> DeviceMesh:
     """The mesh of ``layout``; all ranks must come here."""
     return shared_mesh(layout.mesh, ("expert", "replicate", "shard", "tensor")[-len(layout.mesh) :])
-
-
-def shared_mesh(sizes: tuple[int, ...], names: tuple[str, ...]) -> DeviceMesh:
-    """A mesh of the first ranks, made once: each gloo group has three threads that wake up all the time."""
-    return _mesh(sizes, names, torch.distributed.group.WORLD)
-
-
-def shared_group(ranks: int) -> ProcessGroup:
-    """A group of the first ranks, made once."""
-    return _group(ranks, torch.distributed.group.WORLD)
-
-
-@functools.cache
-def _mesh(sizes: tuple[int, ...], names: tuple[str, ...], world: object) -> DeviceMesh:
-    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
-
-
-@functools.cache
-def _group(ranks: int, world: object) -> ProcessGroup:
-    group: ProcessGroup = torch.distributed.new_group(list(range(ranks)))
-    return group
 
 
 def placements(layout: Layout) -> list[Placement]:

@@ -10,7 +10,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from tests.dtensor.layouts import shared_group, shared_mesh
+from conformance.process_groups import shared_group, shared_mesh
 from tests.dtensor.programs import OPTIMIZERS, OWN
 from tests.dtensor.split_programs import whole
 

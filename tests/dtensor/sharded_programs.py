@@ -11,8 +11,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
+from conformance.process_groups import shared_mesh
 from dion_dtensor import Dion, Muon, audit, param_groups
-from tests.dtensor.layouts import build_mesh, lay_out, layout, shared_mesh
+from tests.dtensor.layouts import build_mesh, lay_out, layout
 
 WRAPPED = {
     "fsdp": ((4,), ("shard",)),
