@@ -350,11 +350,9 @@ def test_column_made_of_near_parallel_ones_is_dead():
         assert kept.tolist() == [True, True, False]
 
 
-@pytest.mark.parametrize(
-    ("rows", "columns", "rank", "seeds"), [(6, 6, 3, 40), (24, 16, 8, 40), (64, 64, 16, 12)]
-)
-def test_rank_of_the_momentum_is_the_number_of_live_columns(rows, columns, rank, seeds):
-    for seed in range(seeds):
+@pytest.mark.parametrize(("rows", "columns", "rank"), [(6, 6, 3), (24, 16, 8), (64, 64, 16)])
+def test_rank_of_the_momentum_is_the_number_of_live_columns(rows, columns, rank):
+    for seed in range(40):
         M = gaussian(rows, rank, seed=seed) @ gaussian(rank, columns, seed=seed + 1000)
         _, _, kept = power_iteration(M, gaussian(columns, columns, seed=seed + 2000))
         assert kept.tolist() == [True] * rank + [False] * (columns - rank)
