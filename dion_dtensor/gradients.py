@@ -132,10 +132,10 @@ def _codes(members: Sequence[Member]) -> list[int]:
             alike.setdefault((grad.dtype, grad.device), []).append(index)
     for (dtype, _), indices in alike.items():
         grads = [local_of(members[i].parameter.grad).detach() for i in indices]  # type: ignore[arg-type]
-        wide = torch.promote_types(torch.float32, dtype)  # a float16 sum would overflow
-        sums = torch.stack(torch._foreach_norm(grads, ord=1, dtype=wide))
+        wide = torch.promote_types(torch.float32, dtype)  # squares of float16 would overflow
+        sums = torch.stack(torch._foreach_norm(grads, dtype=wide))
         for index, grad, fine in zip(indices, grads, sums.isfinite().tolist(), strict=True):
-            if not fine and not bool(grad.isfinite().all()):  # the sum of huge numbers overflows too
+            if not fine and not bool(grad.isfinite().all()):  # the squares of huge numbers overflow too
                 codes[index] = NOT_FINITE
     return codes
 
