@@ -1,4 +1,4 @@
-"""The only file that communicates: verbs on stacks ``[N, m, n]`` that mean the same on every mesh.
+"""Verbs on stacks ``[N, m, n]`` that mean the same on every mesh.
 
 On plain tensors each verb is the obvious local operation.  On DTensors it redistributes, so the collective (all-to-all,
 all-gather, reduce-scatter, all-reduce, or nothing) follows from the placements, eagerly and under
@@ -9,7 +9,6 @@ result are worked out here: DTensor's own search for them takes seconds an opera
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 
 from dion_dtensor import placements as algebra
-from dion_dtensor.layout import StorageLayout, compute_placements, contiguous_stride, has_partial
+from dion_dtensor.layout import StorageLayout, contiguous_stride, has_partial
 
 __all__ = [
     "across",
@@ -29,7 +28,6 @@ __all__ = [
     "is_pending",
     "local_of",
     "norm",
-    "on_whole_matrices",
     "own_shard",
     "placed",
     "product",
@@ -40,61 +38,6 @@ __all__ = [
     "transposed",
     "whole_dim",
 ]
-
-
-def on_whole_matrices(
-    function: Callable[..., Any], stack: Tensor, *others: Tensor, likes: Sequence[int] | None = None
-) -> Any:
-    """``function(stack, *others)`` with every matrix of the stack whole on some rank.
-
-    Args:
-        function: maps a stack of whole matrices ``[k, m, n]`` (and the matching slices of ``others``) to a stack
-            ``[k, m, n]``, or to a tuple of which each stack has the shape of the argument in its place (see
-            ``likes``), each matrix by itself; it sees plain tensors and any ``k`` (also zero matrices).
-        stack: ``[N, m, n]``, a tensor or a DTensor of any placements; an axis may be ``Partial``, and one that shards
-            the stack's own dim holds different matrices, which stay where they are.
-        others: further stacks ``[N, ...]`` on the same mesh.
-        likes: for each result the argument whose shape it has; None for the arguments in order.
-
-    Returns:
-        A stack, or a tuple of stacks, each in the dtype that ``function`` returns, and placed as the argument that it
-        is like (``Partial`` becomes ``Replicate``).
-    """
-    if not isinstance(stack, DTensor):
-        return function(stack, *others)
-    mesh, count = stack.device_mesh, stack.to_local().shape[0]
-    target, ranks = compute_placements(mesh, stack.placements, count)
-    padding = -count % ranks
-    # One order for all, since it says which rank works on which matrix.
-    order = algebra.order_of_moves(algebra.of_apart(stack.placements), target)
-
-    def whole(tensor: Tensor) -> Tensor:
-        assert isinstance(tensor, DTensor)
-        local, size = _padded(tensor.to_local(), padding), count + padding
-        for axis, before, after in algebra.moves(algebra.of_apart(tensor.placements), target, order):
-            moved = from_local(local, mesh, before, (size, *tensor.shape[1:])).redistribute(placements=after)
-            local, size = moved.to_local(), _share(size, mesh, axis, after)
-        # Contiguous, so that sums run in the same order whatever the collective left behind.
-        return local.contiguous()
-
-    def back(local: Tensor, like: Tensor) -> Tensor:
-        assert isinstance(like, DTensor)
-        placements = algebra.of_reduced(algebra.of_apart(like.placements))
-        size, stages = count + padding, []
-        for axis, before, after in algebra.moves(placements, target, order):
-            stages.append((size, after, before))
-            size = _share(size, mesh, axis, after)
-        for size, before, after in reversed(stages):
-            moved = from_local(local, mesh, before, (size, *like.shape[1:])).redistribute(placements=after)
-            local = moved.to_local()
-        return from_local(local[:count], mesh, algebra.of_reduced(like.placements), tuple(like.shape))
-
-    result = function(whole(stack), *(whole(other) for other in others))
-    if isinstance(result, Tensor):
-        return back(result, stack)
-    arguments = (stack, *others)
-    shown = range(len(result)) if likes is None else likes
-    return tuple(back(one, arguments[index]) for one, index in zip(result, shown, strict=True))
 
 
 def whole_dim(tensor: Tensor, dim: int) -> Tensor:
@@ -269,15 +212,6 @@ def across(local: Tensor, stack: Tensor, operation: str, dims: tuple[int, ...]) 
 def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:
     """The elementwise maximum of each rank's plain ``values`` over all ranks of ``mesh``, the same on every rank."""
     return DTensor.from_local(values, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
-
-
-def _share(size: int, mesh: DeviceMesh, axis: int, placements: tuple[Placement, ...]) -> int:
-    """Of ``size`` matrices, those of one rank of ``axis``."""
-    return size // mesh.size(axis) if placements[axis] == Shard(0) else size
-
-
-def _padded(local: Tensor, padding: int) -> Tensor:
-    return torch.cat((local, local.new_zeros((padding, *local.shape[1:])))) if padding else local
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ __all__ = [
     "StorageLayout",
     "compute_placements",
     "contiguous_stride",
+    "is_simulated",
     "joined",
     "move_shard",
     "owners",
@@ -242,6 +243,11 @@ def sharing_axes(mesh: DeviceMesh, axes: Sequence[int], count: int) -> tuple[tup
             split.append(axis)
             ranks *= size
     return tuple(split), ranks
+
+
+def is_simulated(local: Tensor) -> bool:
+    """Whether ``local`` plays several ranks at once (torch's ``LocalTensor``), each with a shape of its own."""
+    return hasattr(local, "_local_tensors")
 
 
 def has_partial(placements: Sequence[Placement]) -> bool:

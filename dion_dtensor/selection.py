@@ -19,13 +19,13 @@ from dion_dtensor.assembly import (
     elementwise,
     from_local,
     local_of,
-    on_whole_matrices,
     placed,
     relaid,
     whole_dim,
 )
 from dion_dtensor.exchange import fetch_rows, return_rows, route
-from dion_dtensor.layout import sharing_axes
+from dion_dtensor.layout import is_simulated, sharing_axes
+from dion_dtensor.whole_matrices import on_whole_matrices
 
 __all__ = ["largest_rows", "on_rows", "row_sums", "scaled_rows"]
 
@@ -43,8 +43,9 @@ def row_sums(stack: Tensor) -> Tensor:
     of a power of two that leaves room to add all of them exactly (Demmel and Nguyen, ARITH 2013).  That multiple is
     2^-51 of the largest value times n; for float64 values, what was rounded off is added likewise.
     """
-    magnitudes, length = local_of(stack).abs().double(), stack.shape[2]
-    high = _multiples(magnitudes, across(_largest(magnitudes), stack, "max", (1, 2)), length)
+    values, length = local_of(stack).abs(), stack.shape[2]
+    magnitudes = values.double()
+    high = _multiples(magnitudes, across(_largest(values).double(), stack, "max", (1, 2)), length)
     total = across(high.sum(-1, keepdim=True), stack, "sum", (2,))
     if stack.dtype == torch.float64:
         rest = magnitudes - high
@@ -60,7 +61,9 @@ def row_sums(stack: Tensor) -> Tensor:
 
 def _largest(values: Tensor) -> Tensor:
     """``[N, 1, 1]``; zero where the shard is empty, which a maximum alone refuses."""
-    return torch.nn.functional.pad(values, (0, 1, 0, 1)).amax((1, 2), keepdim=True)
+    if is_simulated(values) or not values.numel():
+        values = torch.nn.functional.pad(values, (0, 1, 0, 1))
+    return values.amax((1, 2), keepdim=True)
 
 
 def _multiples(values: Tensor, largest: Tensor, count: int) -> Tensor:

@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dion_dtensor.assembly import on_whole_matrices, own_shard
+from dion_dtensor.assembly import own_shard
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.matrices import Split
 from dion_dtensor.rules import Rule
+from dion_dtensor.whole_matrices import on_whole_matrices
 
 __all__ = ["Plan", "update_of"]
+
+# The order in which collectives are started and waited for is that of the code, which lets them overlap with work.
+AS_WRITTEN = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
 
 Fixed = tuple[tuple[str, Hashable], ...]
 
@@ -87,7 +91,9 @@ def update_of(plan: Plan) -> Callable[..., Tensor]:
         None,
         update.__closure__,
     )
-    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False)
+    sharded = plan.grad_layout is not None and plan.grad_layout.mesh is not None
+    options: dict[str, Any] = {"options": dict(AS_WRITTEN)} if sharded else {}
+    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False, **options)
     return compiled
 
 

@@ -1,4 +1,4 @@
-"""What import-linter cannot see: only two files may use collectives, and importing needs torch alone."""
+"""What import-linter cannot see: which files may use collectives, and that importing needs torch alone."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_only_layouts_are_imported_from_torch_distributed(path: Path) -> None:
 )
 def test_only_assembly_and_state_redistribute(path: Path) -> None:
     calls = {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
-    if path.name not in ("assembly.py", "state.py"):
+    if path.name not in ("assembly.py", "whole_matrices.py", "state.py"):
         assert not calls & {"redistribute", "full_tensor"}
 
 

@@ -8,10 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from dion_dtensor.assembly import elementwise, norm, on_whole_matrices, product, shards, transposed
+from dion_dtensor.assembly import elementwise, norm, product, shards, transposed
 from dion_dtensor.orthonormalize import gram_polynomial, segments
 from dion_dtensor.orthonormalize.polynomial import divisor
 from dion_dtensor.rules.rule import widest
+from dion_dtensor.whole_matrices import on_whole_matrices
 
 __all__ = ["by_gram", "gram_applies"]
 

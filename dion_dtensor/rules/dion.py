@@ -16,7 +16,6 @@ from dion_dtensor.assembly import (
     elementwise,
     is_pending,
     norm,
-    on_whole_matrices,
     product,
     reduced,
     transposed,
@@ -26,6 +25,7 @@ from dion_dtensor.orthonormalize import orthonormal_basis, product_dtype
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 from dion_dtensor.rules.sharded_basis import sharded_basis
 from dion_dtensor.rules.shared import check_fraction, check_mu
+from dion_dtensor.whole_matrices import on_whole_matrices
 
 __all__ = ["DION"]
 

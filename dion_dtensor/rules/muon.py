@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dion_dtensor.assembly import elementwise, on_whole_matrices
+from dion_dtensor.assembly import elementwise
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.by_gram import by_gram, gram_applies
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
@@ -19,6 +19,7 @@ from dion_dtensor.rules.shared import (
     polynomial_fields,
     to_dtype,
 )
+from dion_dtensor.whole_matrices import on_whole_matrices
 
 __all__ = ["MUON", "accumulated", "check_momentum"]
 

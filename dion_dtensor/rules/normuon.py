@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dion_dtensor.assembly import on_whole_matrices
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.muon import accumulated, check_momentum
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
@@ -20,6 +19,7 @@ from dion_dtensor.rules.shared import (
     polynomial_fields,
     to_dtype,
 )
+from dion_dtensor.whole_matrices import on_whole_matrices
 
 __all__ = ["NORMUON", "VARIANCE_DEFAULTS"]
 

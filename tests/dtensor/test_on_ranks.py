@@ -21,6 +21,7 @@ from tests.dtensor import sharded_programs as programs
 from tests.dtensor.checkpoint_programs import RESHARDINGS, resumed
 from tests.dtensor.counted_programs import launched_on, launched_on_ranks, memory_on_ranks
 from tests.dtensor.layouts import LAYOUTS, Layout, layout
+from tests.dtensor.overlap_programs import steps_of
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
 from tests.dtensor.replica_programs import low_rank_steps, replicated
@@ -117,6 +118,31 @@ def test_memory_is_counted_as_the_allocator_does(ranks: Ranks, where: str) -> No
         counted = min(size for name, size, _ in found if name == algorithm)
         measured = min(size for name, _, size in found if name == algorithm)
         assert counted == pytest.approx(measured, rel=0.01), algorithm
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_collectives_overlap_with_work(ranks: Ranks, compiled: bool) -> None:
+    place = layout("4 S0")
+    runs = [ranks.run(4, steps_of, place, compiled, least) for least in (0, 1 << 20)]
+    for (order, weights), (plain, same) in zip(*runs, strict=True):
+        # The first wait is that of the ranks' agreement on the gradients.
+        assert plain == ["wait", "start", "wait", "work", "start", "wait"]
+        # The second turn is on its way during the work on the first, the first on its way back during the second.
+        assert order == [
+            "wait",
+            "start",
+            "start",
+            "wait",
+            "work",
+            "start",
+            "wait",
+            "work",
+            "start",
+            "wait",
+            "wait",
+        ]
+        for ours, theirs in zip(weights, same, strict=True):
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("where", ["4 S0", "4 S1", "2x2 R S0", "2x2 T0 S0", "2x2 S0 S1"])

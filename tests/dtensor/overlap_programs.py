@@ -1,0 +1,44 @@
+"""In which order a step starts collectives, waits for them, and works."""
+
+from __future__ import annotations
+
+from unittest import mock
+
+import torch
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+from dion_dtensor import Muon, whole_matrices
+from dion_dtensor.updates import update_of
+from tests.dtensor.layouts import Layout, build_mesh, lay_out
+
+WORDS = {
+    "_c10d_functional::all_to_all_single": "start",
+    "_c10d_functional::wait_tensor": "wait",
+    "dion_dtensor::gram_iterations": "work",
+}
+
+
+def steps_of(place: Layout, compiled: bool, overlap_bytes: int) -> tuple[list[str], list[Tensor]] | None:
+    """What the third step of Muon on eight matrices did, in order, and the weights then; None outside the mesh."""
+    mesh = build_mesh(place)
+    if mesh.get_coordinate() is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randn(2, 16, 24, generator=generator) for _ in range(8)]
+    weights = [nn.Parameter(lay_out(weight, place, mesh)) for weight, _ in drawn]
+    update_of.cache_clear()
+    with mock.patch.object(whole_matrices, "OVERLAP_BYTES", overlap_bytes):
+        optimizer = Muon(weights, compile=compiled)
+        for weight, (_, grad) in zip(weights, drawn, strict=True):
+            weight.grad = lay_out(grad, place, mesh)
+        for _ in range(2):
+            optimizer.step()
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            optimizer.step()
+    update_of.cache_clear()
+    assert profiled.profiler is not None
+    assert profiled.profiler.kineto_results is not None
+    events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+    order = [WORDS[event.name()] for event in events if event.name() in WORDS]
+    return order, [weight.detach().full_tensor() for weight in weights]  # type: ignore[attr-defined]
