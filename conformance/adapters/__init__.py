@@ -65,7 +65,8 @@ class Capabilities:
         levels: of LEVELS.
         dtypes: compute dtypes of DTYPES.
         features: beyond these: "state" (starts from a given state), "cautious", "split:Rows", "split:Heads",
-            "split:InterleavedRows", "split:Experts", "split:Flatten", "schedule:lr", "schedule:mu".
+            "split:InterleavedRows", "split:Experts", "split:Flatten", "schedule:lr", "schedule:mu",
+            "gradients:Partial" (on a mesh, gradients that are averages still to be taken).
         states: keys that `canonical_state` returns and that are to be graded; "*" stands for all.
         distribution: name of the installed package, for its version.
     """
@@ -94,11 +95,11 @@ class Capabilities:
         return f"feature {', '.join(missing)}" if missing else None
 
     def version(self) -> str:
-        """Version of the installed package, or "unknown"."""
+        """Version of the installed package, "unknown" without a name, or that it runs from a checkout."""
         try:
             return importlib.metadata.version(self.distribution) if self.distribution else "unknown"
         except importlib.metadata.PackageNotFoundError:
-            return "not installed"
+            return "from a checkout"
 
 
 class Adapter(Protocol):

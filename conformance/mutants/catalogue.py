@@ -30,6 +30,7 @@ def _gathering() -> list[Mutant]:
         one("zero test by shard", "L4", "dion", "ZeroTestByShard", "4-S0"),
         one("Q drawn by rank", "L4", "dion", "RandomByRank", "4-S0"),
         one("replicas not averaged", "L4", "dion", "BiasedReplicas", "2x2-RS0"),
+        one("an average still to be taken, not taken", "L4", "muon", "LocalGradient", "2x2-PS0"),
         one("momentum lost on resume", "L3", "muon", "LostOnLoad", "4-S0-to-2x2-S0S1"),
         one("stale Q after resume", "L3", "dion", "StaleQ", "4-S0-to-2x2-S0S1"),
         one("step lost on resume", "L3", "adamw", "LostStep", "4-S0-to-2x2-S0S1"),

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Replicate
+from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from conformance.adapters import Capabilities, Spec
 from conformance.adapters.oracle import make_hyper
 from conformance.adapters.torch_optimizer import Named
 from conformance.certify.mutants import replaced
+from conformance.port.mesh_cases import PARTIAL
 from dion_ref import ALGORITHMS, linalg, normuon, update
 
 WHOLE = ("momentum", "exp_avg", "exp_avg_sq")
@@ -264,6 +265,23 @@ class _BiasedReplicas(Gathering):
         return super().compute(weight, grad * (1 + coordinate[0]), state, parameter)
 
 
+class _LocalGradient(Gathering):
+    """A gradient that is still to be averaged is taken for the average."""
+
+    def whole(self, tensor: Tensor) -> Tensor:
+        if isinstance(tensor, DTensor):
+            taken = [Replicate() if isinstance(one, Partial) else one for one in tensor.placements]
+            tensor = DTensor.from_local(
+                tensor.to_local(),
+                tensor.device_mesh,
+                taken,
+                run_check=False,
+                shape=tensor.shape,
+                stride=tensor.stride(),
+            )
+        return super().whole(tensor)
+
+
 class _LostOnLoad(Gathering):
     """A key of the state is not restored."""
 
@@ -318,7 +336,7 @@ class _MissingKeys(Gathering):
 
 _WRONG = (
     *(_LocalPiece, _LastAxisOnly, _DroppedShard, _LeakedPadding, _ShardScale, _LocalSelection, _CountByShard),
-    *(_ShardRescale, _ShardVariance, _ZeroTestByShard, _RandomByRank, _BiasedReplicas),
+    *(_ShardRescale, _ShardVariance, _ZeroTestByShard, _RandomByRank, _BiasedReplicas, _LocalGradient),
     *(_LostOnLoad, _StaleQ, _LostStep, _LostMoment, _LocalCheckpoint, _MissingKeys),
 )
 KINDS: Mapping[str, type[Gathering]] = {
@@ -346,7 +364,7 @@ class GatheringAdapter:
     def capabilities(self) -> Capabilities:
         """All algorithms, in float64, on meshes."""
         every = dict.fromkeys(ALGORITHMS, ("dion",))
-        return Capabilities("gathering", every, ("L3", "L4"), ("float64",))
+        return Capabilities("gathering", every, ("L3", "L4"), ("float64",), (PARTIAL,))
 
     def build(self, params: Named, spec: Spec) -> torch.optim.Optimizer:
         """The optimizer."""

@@ -21,13 +21,17 @@ SHAPES: tuple[tuple[int, int], ...] = (
     (8, 16),
 )
 """Uneven on every axis, both orientations, fewer rows than ranks, more and fewer matrices than ranks."""
+PARTIAL = "gradients:Partial"
 STEPS = 3
 RESUME_AFTER = 2
 
 
 @dataclass(frozen=True)
 class Layout:
-    """A mesh and a placement an axis. S0, S1: Shard; R: Replicate; T0, T1: _StridedShard, as FSDP2 over TP makes it."""
+    """A mesh and a placement an axis. S0, S1: Shard; R: Replicate; T0, T1: _StridedShard, as FSDP2 over TP makes it.
+
+    P: Replicate, but the gradients there are `Partial("avg")`: each rank has one, and their average is the gradient.
+    """
 
     mesh: tuple[int, ...]
     codes: tuple[str, ...]
@@ -39,6 +43,11 @@ class Layout:
         for size in self.mesh:
             count *= size
         return count
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Features that a port has to claim for it."""
+        return (PARTIAL,) if "P" in self.codes else ()
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -61,9 +70,10 @@ LAYOUTS = tuple(
         *("1 S0", "2 S0", "2 S1", "2 R", "3 S0", "4 S0", "4 S1", "4 R", "8 S0", "8 S1"),
         *("2x2 S0 S1", "2x2 S1 S0", "2x2 S0 S0", "2x2 R S0", "2x2 R S1", "2x2 T0 S0", "2x2 T1 S1"),
         *("2x4 S0 S1", "2x4 T0 S0", "4x2 R S0", "2x2x2 R S0 S1", "2x2x2 R T0 S0", "2x2x2 R S1 S0"),
+        *("2 P", "2x2 P S0", "2x2 P S1", "2x2x2 P S0 S1"),
     )
 )
-"""One, two and three axes: FSDP2, HSDP, TP, FSDP2 x TP on two dims and on one, with HSDP too."""
+"""One, two and three axes: FSDP2, HSDP, TP, FSDP2 x TP on two dims and on one, with HSDP too, averaged or not."""
 RESHARDINGS = tuple(
     (layout(before), layout(after))
     for before, after in (

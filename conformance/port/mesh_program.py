@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint import state_dict_loader, state_dict_saver
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
@@ -131,7 +131,7 @@ def run_case(adapter: Any, case: MeshCase, dtype: str, rank: Rank, folder: str) 
     def steps(model: Any, optimizer: Any, which: range, layout: Layout, mesh: DeviceMesh) -> None:
         for step in which:
             for name, parameter in model.named():
-                parameter.grad = laid(problems[name].drawn["grads"][step], layout, mesh)
+                parameter.grad = unaveraged(laid(problems[name].drawn["grads"][step], layout, mesh), layout)
             optimizer.step()
 
     first = {name: problem.drawn["weight"] for name, problem in problems.items()}
@@ -181,6 +181,7 @@ class _Model(nn.Module):
 
 def _collect(adapter: Any, model: Any, optimizer: Any, first: Mapping[str, Tensor]) -> Values:
     values: Values = {}
+    optimizer.state_dict()  # a state may differ from rank to rank until it is asked for
     for name, parameter in model.named():
         whole = _whole(parameter)
         values[f"{name}/update"] = whole.double() - first[name].to(whole.dtype).to(whole.device).double()
@@ -227,7 +228,7 @@ def placements(layout: Layout) -> list[Placement]:
     """One an axis."""
     made: list[Placement] = []
     for axis, code in enumerate(layout.codes):
-        if code == "R":
+        if code in "RP":
             made.append(Replicate())
         elif code[0] == "S":
             made.append(Shard(int(code[1])))
@@ -246,6 +247,18 @@ def lay_out(tensor: Tensor, layout: Layout, mesh: DeviceMesh) -> DTensor:
     return DTensor.from_local(
         local, mesh, laid.placements, run_check=False, shape=tensor.shape, stride=stride
     )
+
+
+def unaveraged(grad: Tensor, layout: Layout) -> Tensor:
+    """`grad`, or on the axes of code P an average still to be taken: the ranks there are off by amounts that cancel."""
+    assert isinstance(grad, DTensor)
+    mesh, local, laid = grad.device_mesh, grad.to_local(), list(grad.placements)
+    for axis, code in enumerate(layout.codes):
+        if code == "P":
+            rank, laid[axis] = mesh.get_local_rank(axis), Partial("avg")
+            ranks = mesh.size(axis)
+            local = local * (1 + 3 * (rank - (ranks - 1) / 2))  # the factors' mean is one
+    return DTensor.from_local(local, mesh, laid, run_check=False, shape=grad.shape, stride=grad.stride())
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 import multiprocessing
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from conformance.adapters import find
-from conformance.port.grading import ERROR, PASS, SKIP, Verdict
+from conformance.port.grading import ERROR, PASS, SKIP, UNCLAIMED, Verdict
 from conformance.port.mesh_cases import LAYOUTS, RESHARDINGS, claimed_hypers, mesh_cases
 from conformance.port.meshes import run_meshes
 from conformance.port.runner import Selection
 from conformance.vectors import load
 
 OURS = (
-    *("L4/muon/dion/2x2-T0S0", "L4/muon/dion/4-S0", "L4/dion/dion/2x2-S0S1", "L4/muon/dion/8-S0"),
+    *(
+        "L4/muon/dion/2x2-PS0",
+        "L4/dion/dion/2x2-PS0",
+        "L4/muon/dion/2x2-T0S0",
+        "L4/muon/dion/4-S0",
+        "L4/dion/dion/2x2-S0S1",
+        "L4/muon/dion/8-S0",
+    ),
     "L3/dion/dion/4-S0-to-2x2-S0S1",
 )
 
@@ -52,6 +60,12 @@ def test_right_ports_pass_and_what_needs_more_ranks_is_skipped() -> None:
     brute = run("conformance.mutants.gathering:adapter", "L?/dion3/*/4-S0*", "L3/adamw/*/2x2-R*")
     assert {one.status for one in brute.values()} == {PASS}
     assert len(brute) == 4
+    # What a port does not claim is never run.
+    plain = find("conformance.mutants.gathering:adapter").capabilities()
+    plain = replace(plain, features=())
+    selection = Selection(("L4",), ("float64",), ("L4/muon/*/2x2-P*",))
+    left = run_meshes("no.such:adapter", plain, load(), selection, ranks=4)
+    assert [(one.status, one.message) for one in left] == [(UNCLAIMED, "feature gradients:Partial")] * 2
 
 
 def test_a_rank_that_raises_is_named_and_the_run_goes_on() -> None:
