@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from torch.distributed import DistNetworkError
 from typer.testing import CliRunner
 
 from conformance.cli import app
@@ -96,6 +97,21 @@ def test_a_read_only_folder_is_refused_before_anything_runs(
     done = CliRunner().invoke(app, ["port", "tests.port.ports:perfect", "--json", str(tmp_path / "out.json")])
     assert done.exit_code == 2
     assert "cannot be written" in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_free_port_for_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none_free(*_: object, **__: object) -> None:
+        raise DistNetworkError("EADDRINUSE: no port is free")
+
+    monkeypatch.setattr("conformance.launch.TCPStore", none_free)
+    case = ["--level", "L4", "--case", "L4/muon/dion/2-S0", "--dtype", "float64"]
+    target = ["--json", str(tmp_path / "out.json")]
+    done = CliRunner().invoke(app, ["port", "conformance.mutants.gathering:adapter", *case, *target])
+    assert done.exit_code == 2, done.output
+    assert "the ranks cannot be started" in done.stderr
+    assert "no port is free" in done.stderr
+    assert "Traceback" not in done.output
     assert list(tmp_path.iterdir()) == []
 
 
