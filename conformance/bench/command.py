@@ -54,7 +54,7 @@ def bench(
     import torch
 
     from conformance.bench.contenders import Case
-    from conformance.bench.growth import lines
+    from conformance.bench.growth import Line, lines
     from conformance.bench.measure import Entry, measure
     from conformance.bench.page import COLUMNS, as_json, cells, draw_growth, machine, markdown
     from conformance.port.output import json_bytes, write_whole
@@ -68,20 +68,40 @@ def bench(
         for name in chosen
     ]
     entries: list[Entry] = []
-    grown = []
+    grown: list[Line] = []
+    about = machine(device, threads)
+
+    def save() -> None:
+        """After every case, so that a run that is ended leaves what it has."""
+        if json_file is not None:
+            write_whole(json_file, json_bytes(as_json(entries, grown, about)))
+        if page is not None:
+            picture = page.with_suffix("") / "growth.png"
+            if grown:
+                picture.parent.mkdir(exist_ok=True)
+                draw_growth(grown, picture)
+            words = ["conformance", *sys.argv[1:]]
+            if "--json" in words:  # where else the numbers went is nobody's concern
+                del words[words.index("--json") : words.index("--json") + 2]
+            text = markdown(entries, grown, about, shlex.join(words), f"{page.stem}/{picture.name}")
+            write_whole(page, text.encode())
+
     with live_bar(console) as progress:
         task = progress.add_task("", total=len(cases) + growth)
+
+        def tell(said: str) -> None:
+            progress.update(task, description=said[:70].ljust(70))
+
         for case in cases:
-            entries += measure(
-                case, rounds, told=lambda said: progress.update(task, description=said[:70].ljust(70))
-            )
+            entries += measure(case, rounds, told=tell)
             progress.advance(task)
+            save()
         if growth:
             base = Case("muon", 4, (256, 256), compute_dtype=compute_dtype, device=device, threads=threads)
             some = [name for name in chosen if name not in ("adamw", "muon_torch")]
-            grown = lines(
-                base, some, rounds, lambda said: progress.update(task, description=said[:70].ljust(70))
-            )
+            for line in lines(base, some, rounds, tell):
+                grown.append(line)
+                save()
     table = Table(title="Step times", title_justify="left", box=box.SIMPLE_HEAD)
     for index, name in enumerate(COLUMNS):
         table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
@@ -93,21 +113,7 @@ def bench(
             f"{line.algorithm}: time ~ {line.quantity}^{line.measured:.2f}, FLOPs ~ {line.quantity}^{line.theory:.2f}",
             highlight=False,
         )
-    about = machine(device, threads)
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
-    if json_file is not None:
-        write_whole(json_file, json_bytes(as_json(entries, grown, about)))
-    if page is not None:
-        picture = page.with_suffix("") / "growth.png"
-        if grown:
-            picture.parent.mkdir(exist_ok=True)
-            draw_growth(grown, picture)
-        words = ["conformance", *sys.argv[1:]]
-        if "--json" in words:  # where else the numbers went is nobody's concern
-            del words[words.index("--json") : words.index("--json") + 2]
-        command = shlex.join(words)
-        text = markdown(entries, grown, about, command, f"{page.stem}/{picture.name}")
-        write_whole(page, text.encode())
     failed = [entry for entry in entries if entry.failure]
     for entry in failed:
         console.print(entry.failure, style="red", highlight=False)

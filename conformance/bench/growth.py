@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 from conformance.bench.contenders import OURS, Case
@@ -53,8 +53,8 @@ def slope(values: Sequence[float], sizes: Sequence[float]) -> float:
 
 def lines(
     base: Case, algorithms: Sequence[str], rounds: int, told: Callable[[str], None] = lambda _: None
-) -> list[Line]:
-    """Each quantity from half of that of ``base`` to four times, the others fixed.
+) -> Iterator[Line]:
+    """Each quantity from half of that of ``base`` to four times, the others fixed, as soon as it is measured.
 
     Args:
         base: size, dtype and device.
@@ -65,7 +65,6 @@ def lines(
     Raises:
         RuntimeError: ours failed.
     """
-    result = []
     for algorithm in algorithms:
         case = replace(base, algorithm=algorithm)
         m, n = case.shape
@@ -84,16 +83,13 @@ def lines(
                 if entry.failure:
                     raise RuntimeError(entry.failure)
                 seconds.append(entry.median)
-            result.append(
-                Line(
-                    algorithm,
-                    quantity,
-                    tuple(value for value, _ in points),
-                    tuple(seconds),
-                    tuple(flops(p.algorithm, p.count, p.shape, p.part) for _, p in points),
-                )
+            yield Line(
+                algorithm,
+                quantity,
+                tuple(value for value, _ in points),
+                tuple(seconds),
+                tuple(flops(p.algorithm, p.count, p.shape, p.part) for _, p in points),
             )
-    return result
 
 
 def _doubled(size: int) -> list[int]:
