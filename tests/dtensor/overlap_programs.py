@@ -11,12 +11,21 @@ from torch.profiler import ProfilerActivity, profile
 from dion_dtensor import Muon, whole_matrices
 from dion_dtensor.updates import update_of
 from tests.dtensor.layouts import Layout, build_mesh, lay_out
+from tests.dtensor.programs import run_steps
 
+NINE = ((13, 10),) * 9
+"""Uneven shards; three matrices a rank on four ranks, the last three of them padding."""
 WORDS = {
     "_c10d_functional::all_to_all_single": "start",
     "_c10d_functional::wait_tensor": "wait",
     "dion_dtensor::gram_iterations": "work",
 }
+
+
+def run_in_turns(name: str, place: Layout) -> dict[str, list[Tensor]] | None:
+    """``run_steps`` with the matrices in two turns, however small they are."""
+    with mock.patch.object(whole_matrices, "OVERLAP_BYTES", 0):
+        return run_steps(name, place, NINE, compile=False)
 
 
 def steps_of(place: Layout, compiled: bool, overlap_bytes: int) -> tuple[list[str], list[Tensor]] | None:

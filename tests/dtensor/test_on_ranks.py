@@ -21,7 +21,7 @@ from tests.dtensor import sharded_programs as programs
 from tests.dtensor.checkpoint_programs import RESHARDINGS, resumed
 from tests.dtensor.counted_programs import launched_on, launched_on_ranks, memory_on_ranks
 from tests.dtensor.layouts import LAYOUTS, Layout, layout
-from tests.dtensor.overlap_programs import steps_of
+from tests.dtensor.overlap_programs import NINE, run_in_turns, steps_of
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
 from tests.dtensor.replica_programs import low_rank_steps, replicated
@@ -90,6 +90,15 @@ def test_chosen_rows_may_travel_with_all_others(ranks: Ranks, name: str) -> None
             assert all(torch.equal(a, b) for a, b in zip(result["weight"], expected["weight"], strict=True))
 
 
+@pytest.mark.parametrize("name", ["muon", "normuon"])
+def test_matrices_in_two_turns_are_bitwise_those_of_one_device(ranks: Ranks, name: str) -> None:
+    expected = on_one_thread(run_steps, name, None, NINE, compile=False)
+    for where in SAMPLE:
+        for result in ranks.run(where.world, run_in_turns, name, where):
+            for key, values in expected.items():
+                assert all(torch.equal(a, b) for a, b in zip(result[key], values, strict=True)), (where, key)
+
+
 @pytest.mark.parametrize(("name", "where"), LOW_RANK)
 def test_low_rank_rules_are_those_of_one_device(ranks: Ranks, name: str, where: Layout) -> None:
     expected = on_one_device(name, False)
@@ -122,8 +131,8 @@ def test_memory_is_counted_as_the_allocator_does(ranks: Ranks, where: str) -> No
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_collectives_overlap_with_work(ranks: Ranks, compiled: bool) -> None:
-    place = layout("4 S0")
-    runs = [ranks.run(4, steps_of, place, compiled, least) for least in (0, 1 << 20)]
+    place = layout("2 S0")
+    runs = [ranks.run(2, steps_of, place, compiled, least) for least in (0, 1 << 20)]
     for (order, weights), (plain, same) in zip(*runs, strict=True):
         # The first wait is that of the ranks' agreement on the gradients.
         assert plain == ["wait", "start", "wait", "work", "start", "wait"]
