@@ -71,17 +71,18 @@ def on_whole_matrices(
 
     arriving = [away(tensor) for tensor in arguments]
     alone, results, ways = False, [], []
-    for turn, size in enumerate(turns):
+    for size in turns:  # taken off the lists, so that nothing is kept longer than it is needed
         # Contiguous, so that sums run in the same order whatever the collective left behind.
-        made = function(*(one[turn]().contiguous() for one in arriving))
+        made = function(*(one.pop(0)().contiguous() for one in arriving))
         alone = isinstance(made, Tensor)
-        made = (made,) if alone else made
-        shown = list(range(len(made)) if likes is None else likes)
+        left = [made] if alone else list(made)
+        del made
+        shown = list(range(len(left)) if likes is None else likes)
         ways.append([way_back(index, size) for index in shown])
-        results.append([_started(_here(one), mesh, way[:1]) for one, way in zip(made, ways[-1], strict=True)])
+        results.append([_started(_here(left.pop(0)), mesh, way[:1]) for way in ways[-1]])
     whole = []
     for place, index in enumerate(shown):
-        flying = _sent([one[place] for one in results], mesh, [one[place][1:] for one in ways])
+        flying = _sent([one.pop(0) for one in results], mesh, [one[place][1:] for one in ways])
         parts = [arrived() for arrived in flying]
         local = parts[0] if len(parts) == 1 else torch.cat(parts)
         like = arguments[index]
