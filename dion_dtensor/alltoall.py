@@ -7,6 +7,7 @@ waited for apart, so that other work comes in between, eagerly as in compiled co
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 
 import torch
@@ -47,8 +48,8 @@ def start_exchange(
     def block(length: int) -> list[int]:
         return [length if index == dim else size for index, size in enumerate(whole)]
 
-    mine = _numel(block(lengths[own]))
-    theirs = [_numel(block(length)) for length in lengths]
+    mine = math.prod(block(lengths[own]))
+    theirs = [math.prod(block(length)) for length in lengths]
     if gathers:
         sent, counts, expected = local.contiguous().view(-1), [mine] * ranks, theirs
     else:
@@ -92,13 +93,6 @@ def _merged(parts: list[Tensor], dim: int, runs: Runs) -> Tensor:
         for one, part in enumerate(parts)
     ]
     return torch.cat([left[rank].pop(0) for rank, _ in runs], dim=dim)
-
-
-def _numel(sizes: list[int]) -> int:
-    count = 1
-    for size in sizes:
-        count *= size
-    return count
 
 
 @constant

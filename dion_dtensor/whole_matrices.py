@@ -79,7 +79,7 @@ def on_whole_matrices(
         del made
         shown = list(range(len(left)) if likes is None else likes)
         ways.append([way_back(index, size) for index in shown])
-        results.append([_started(_here(left.pop(0)), mesh, way[:1]) for way in ways[-1]])
+        results.append([_sent([_here(left.pop(0))], mesh, [way[:1]])[0] for way in ways[-1]])
     whole = []
     for place, index in enumerate(shown):
         flying = _sent([one.pop(0) for one in results], mesh, [one[place][1:] for one in ways])
@@ -123,20 +123,25 @@ def _way(
 def _sent(flying: list[Flying], mesh: DeviceMesh, ways: Sequence[Sequence[Move]]) -> list[Flying]:
     """Each turn on its way, stage by stage, so that what one waits for the others have started as well."""
     for stage in range(len(ways[0])):
-        flying = [_started(one, mesh, way[stage : stage + 1]) for one, way in zip(flying, ways, strict=True)]
+        flying = [_started(one, mesh, *way[stage]) for one, way in zip(flying, ways, strict=True)]
     return flying
 
 
-def _started(before: Flying, mesh: DeviceMesh, moves: Sequence[Move]) -> Flying:
-    """Wait for ``before`` and start the move, if there is one."""
-    for axis, old, new, shape in moves:
-        if mesh.size(axis) == 1:
-            break
-        local = before()
-        if exchanges(local, axis, old, new):
-            return start_exchange(local, mesh, axis, old, new, shape)
-        return _here(from_local(local, mesh, old, shape).redistribute(placements=new).to_local())
-    return before
+def _started(
+    before: Flying,
+    mesh: DeviceMesh,
+    axis: int,
+    old: tuple[Placement, ...],
+    new: tuple[Placement, ...],
+    shape: tuple[int, ...],
+) -> Flying:
+    """Wait for ``before`` and start a move."""
+    if mesh.size(axis) == 1:
+        return before
+    local = before()
+    if exchanges(local, axis, old, new):
+        return start_exchange(local, mesh, axis, old, new, shape)
+    return _here(from_local(local, mesh, old, shape).redistribute(placements=new).to_local())
 
 
 def _here(local: Tensor) -> Flying:

@@ -100,6 +100,21 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
+def unreduced(tensor: Tensor) -> Tensor:
+    """What each rank has of a pending reduction, taken for the reduced."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    taken = [Replicate() if isinstance(one, Partial) else one for one in tensor.placements]
+    return DTensor.from_local(
+        tensor.to_local(),
+        tensor.device_mesh,
+        taken,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
+
+
 class _LocalPiece(Gathering):
     """A piece taken for the whole: each rank steps its own shard."""
 
@@ -269,17 +284,7 @@ class _LocalGradient(Gathering):
     """A gradient that is still to be averaged is taken for the average."""
 
     def whole(self, tensor: Tensor) -> Tensor:
-        if isinstance(tensor, DTensor):
-            taken = [Replicate() if isinstance(one, Partial) else one for one in tensor.placements]
-            tensor = DTensor.from_local(
-                tensor.to_local(),
-                tensor.device_mesh,
-                taken,
-                run_check=False,
-                shape=tensor.shape,
-                stride=tensor.stride(),
-            )
-        return super().whole(tensor)
+        return super().whole(unreduced(tensor))
 
 
 class _LostOnLoad(Gathering):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from conformance.mutants.gathering import unreduced
 from conformance.mutants.mutant import PRODUCTION, Applied, Mutant, attribute
 from dion_dtensor import buckets, optimizer, placements
 from dion_dtensor.orthonormalize import householder
@@ -49,7 +50,7 @@ def mutants() -> list[Mutant]:
             _in(muon, "on_whole_matrices", lambda _: _shard_by_shard), "4-S0", "2x2-S0S1"),
         one("scale of a shard's shape", "L4", "muon",
             _in(buckets.Bucket, "scales", lambda _: _shard_scales), "4-S0", "2-S1"),
-        one("one axis not reduced (R)", "L4", "dion", _in(dion, "reduced", lambda _: _unreduced), "4-S0", "2x2-S0S1"),
+        one("one axis not reduced (R)", "L4", "dion", _in(dion, "reduced", lambda _: unreduced), "4-S0", "2x2-S0S1"),
         one("L2 norms for L1 in the choice of rows", "L1", "dion2",
             _in(dion2, "row_sums", lambda _: lambda X: X.double().square().sum(-1))),
         one("momentum decayed on all rows", "L1", "dion2",
@@ -80,20 +81,6 @@ def _shard_by_shard(function: Callable[..., Tensor], stack: Tensor, *others: Ten
 def _shard_scales(self: Any) -> tuple[float, ...]:
     rows, columns = self.members[0].local.shape
     return (scale_factor(self.group.get("scale"), (max(rows, 1), max(columns, 1))),)
-
-
-def _unreduced(tensor: Tensor) -> Tensor:
-    if not isinstance(tensor, DTensor):
-        return tensor
-    placed = placements.of_reduced(tensor.placements)
-    return DTensor.from_local(
-        tensor.to_local(),
-        tensor.device_mesh,
-        placed,
-        run_check=False,
-        shape=tensor.shape,
-        stride=tensor.stride(),
-    )
 
 
 def _local_norm(stack: Tensor, dims: tuple[int, ...]) -> Tensor:

@@ -11,7 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 from dion_dtensor import Muon, whole_matrices
 from dion_dtensor.updates import update_of
 from tests.dtensor.layouts import Layout, build_mesh, lay_out
-from tests.dtensor.programs import run_steps
+from tests.dtensor.programs import full, run_steps
 
 NINE = ((13, 10),) * 9
 """Uneven shards; three matrices a rank on four ranks, the last three of them padding."""
@@ -50,4 +50,4 @@ def steps_of(place: Layout, compiled: bool, overlap_bytes: int) -> tuple[list[st
     assert profiled.profiler.kineto_results is not None
     events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
     order = [WORDS[event.name()] for event in events if event.name() in WORDS]
-    return order, [weight.detach().full_tensor() for weight in weights]  # type: ignore[attr-defined]
+    return order, [full(weight) for weight in weights]

@@ -58,6 +58,12 @@ def problem(shapes: Sequence[tuple[int, int]], steps: int, dtype: torch.dtype = 
     return draw(), [draw() for _ in range(steps)]
 
 
+def full(tensor: Tensor) -> Tensor:
+    """The whole of a tensor or DTensor, on every rank."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
 def run_steps(
     name: str,
     layout: Layout | None,
@@ -87,10 +93,6 @@ def run_steps(
         optimizer.step()
         for group in optimizer.param_groups:
             group["lr"] *= 0.9
-
-    def full(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
     result = {"weight": [full(parameter) for parameter in parameters]}
     for key in optimizer.state[parameters[0]] if states else ():
