@@ -226,6 +226,8 @@ class Bucket:
         fixed = {name: group[name] for name in rule.defaults} | {"compute_dtype": self.compute_dtype}
         if "path" in fixed:
             fixed["path"] = path_of(group, self.choice)
+        split = form.split if form and form.kind == "whole" else None
+        fixed["split"] = split if rule.cuts else None
         shapes = [(piece.m, piece.n) for piece in form.pieces] if form else [self.members[0].layout.shape]
         hyper = []
         for shape in shapes:
@@ -247,7 +249,7 @@ class Bucket:
             change_layout=grad_layout,
             states=tuple(states),
             size=size,
-            split=form.split if form and form.kind == "whole" else None,
+            split=None if rule.cuts else split,
             compile=self.compile,
         )
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ __all__ = [
     "Piece",
     "Rows",
     "Split",
+    "each_piece",
     "parse_split",
 ]
 
@@ -262,3 +263,28 @@ def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
         f"split={split!r} is unknown; write rows(q, k, v), columns(q, k, v), heads(count), "
         "interleaved_rows((q, k, v), groups), experts or flatten"
     )
+
+
+def each_piece(function: Callable[..., Any], split: Split | None) -> Callable[..., Any]:
+    """``function`` of stacks of logical matrices, as one of stacks of whole parameters that ``split`` cuts.
+
+    Args:
+        function: of stacks ``[k, m, n]`` (and ``[k, m, 1]``), to a stack of the shape of the first, or to a tuple of
+            which each has the shape of the argument in its place.
+        split: of the parameters; None leaves ``function`` as it is.
+    """
+    if split is None:
+        return function
+
+    def joined(*stacks: Tensor) -> Any:
+        # Contiguous, so that sums run in the same order as on one device.
+        cut = zip(*([piece.contiguous() for piece in split.split(stack)] for stack in stacks), strict=True)
+        made = [function(*pieces) for pieces in cut]
+        if isinstance(made[0], Tensor):
+            return split.merge(made, stacks[0].shape[1:])
+        return tuple(
+            split.merge(list(results), stack.shape[1:])
+            for results, stack in zip(zip(*made, strict=True), stacks, strict=True)
+        )
+
+    return joined

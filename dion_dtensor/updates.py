@@ -37,7 +37,7 @@ class Plan:
         change_layout: of the result.
         states: layouts of the stacked states by key, and the piece that a state belongs to alone.
         size: entries of the stack, or elements.
-        split: cuts whole parameters into logical matrices once they are assembled.
+        split: cuts whole parameters into logical matrices once they are assembled, state and all.
         compile: under ``torch.compile(fullgraph=True)``.
     """
 

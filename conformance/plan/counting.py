@@ -134,7 +134,7 @@ def launched(
         for key, s in specs.items()
     )
     values = {name: group[name] for name in rule.defaults} | {"compute_dtype": compute_dtype}
-    values |= rule.prepare(shape, group)
+    values |= {"split": None} | rule.prepare(shape, group)
     fields = rule.hyper._fields  # type: ignore[attr-defined]
     fixed = tuple((name, values[name]) for name in fields if name not in rule.scalars)
     plan = Plan(rule, (fixed,), False, stacked, stacked, states, number, None, False)

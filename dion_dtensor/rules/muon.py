@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dion_dtensor.assembly import elementwise
+from dion_dtensor.matrices import Split, each_piece
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.by_gram import by_gram, gram_applies
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
@@ -25,7 +26,7 @@ __all__ = ["MUON", "accumulated", "check_momentum"]
 
 
 class Hyper(NamedTuple):
-    """What Muon's update reads."""
+    """What Muon's update reads; ``split``: of whole parameters, where shard boundaries cut the logical matrices."""
 
     mu: Scalar
     epsilon: Scalar
@@ -36,6 +37,7 @@ class Hyper(NamedTuple):
     epsilon_rule: str
     norm_factor: float
     compute_dtype: torch.dtype
+    split: Split | None
 
 
 class State(NamedTuple):
@@ -45,13 +47,13 @@ class State(NamedTuple):
 
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
-    """One step of a stack ``[N, m, n]``."""
+    """One step of a stack ``[N, m, n]``, or of whole parameters ``[N, *shape]``."""
     momentum, direction = accumulated(grad, state.momentum, hyper)
     stored = State(to_dtype(momentum, state.momentum.dtype))
-    if hyper.path == "gram" and gram_applies(direction):
+    if hyper.path == "gram" and hyper.split is None and gram_applies(direction):
         return by_gram(direction, hyper), stored
     rounded = to_dtype(direction, hyper.compute_dtype)
-    return on_whole_matrices(orthonormalizer(hyper), rounded), stored
+    return on_whole_matrices(each_piece(orthonormalizer(hyper), hyper.split), rounded), stored
 
 
 def accumulated(grad: Tensor, momentum: Tensor, hyper: Any) -> tuple[Tensor, Tensor]:
@@ -99,6 +101,7 @@ MUON = Rule(
     defaults={"mu": 0.95, "nesterov": False, "momentum": "sum", "path": "auto", **POLYNOMIAL_DEFAULTS},
     scalars=("mu", "epsilon"),
     states=states,
+    cuts=True,
     check=check,
     prepare=prepare,
 )

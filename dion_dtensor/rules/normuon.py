@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dion_dtensor.matrices import Split, each_piece
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.muon import accumulated, check_momentum
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
@@ -27,7 +28,7 @@ VARIANCE_DEFAULTS: dict[str, Any] = {"beta2": 0.95, "variance_epsilon": 1e-8}
 
 
 class Hyper(NamedTuple):
-    """What NorMuon's update reads."""
+    """What NorMuon's update reads; ``split``: of whole parameters, where shard boundaries cut the logical matrices."""
 
     mu: Scalar
     epsilon: Scalar
@@ -39,6 +40,7 @@ class Hyper(NamedTuple):
     epsilon_rule: str
     norm_factor: float
     compute_dtype: torch.dtype
+    split: Split | None
 
 
 class State(NamedTuple):
@@ -49,7 +51,7 @@ class State(NamedTuple):
 
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
-    """One step of a stack ``[N, m, n]``; rows are normalized where their matrix is whole."""
+    """One step of a stack ``[N, m, n]``, or of whole parameters ``[N, *shape]``; rows are normalized where their matrix is whole."""
     momentum, direction = accumulated(grad, state.momentum, hyper)
     orthonormalize = orthonormalizer(hyper)
 
@@ -58,7 +60,7 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
 
     rounded = to_dtype(direction, hyper.compute_dtype)
     wide = to_dtype(state.variance, widest(state.variance))
-    direction, variance = on_whole_matrices(normalized, rounded, wide)
+    direction, variance = on_whole_matrices(each_piece(normalized, hyper.split), rounded, wide)
     return direction, State(
         to_dtype(momentum, state.momentum.dtype), to_dtype(variance, state.variance.dtype)
     )
@@ -94,6 +96,7 @@ NORMUON = Rule(
     },
     scalars=("mu", "epsilon", "beta2"),
     states=states,
+    cuts=True,
     check=check,
     prepare=prepare,
 )

@@ -50,6 +50,8 @@ class Rule:
         defaults: every hyperparameter of a param group and its default.
         scalars: names of the hyperparameters that may change at every step without a new compilation.
         states: ``(shape, group) -> {field: StateSpec}``, without ``step``.
+        cuts: the field ``split`` of ``hyper`` cuts what ``update`` assembles, so that a stack of whole parameters may be
+            given; other rules are handed whole parameters with all their state.
         way: what has to travel so that a sharded matrix is orthonormalized.
         pending_states: states that may differ among ranks which hold the same parameter, since ``update`` reads the
             gradient and them only through averages: then the gradient need not be averaged first.
@@ -67,6 +69,7 @@ class Rule:
     defaults: Mapping[str, Any]
     scalars: tuple[str, ...]
     states: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, StateSpec]]
+    cuts: bool = False
     way: str = "assembled"
     pending_states: tuple[str, ...] = ()
     elementwise: bool = False

@@ -6,10 +6,12 @@ from typing import Any
 
 import torch
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
-from conformance.plan.counting import launched
-from tests.dtensor.layouts import Layout, build_mesh, placements
+from conformance.plan.counting import Recorder, launched
+from dion_dtensor import Muon, NorMuon
+from tests.dtensor.layouts import Layout, build_mesh, lay_out, placements
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("muon", {}),
@@ -38,6 +40,25 @@ def launched_on_ranks(place: Layout) -> Counted | None:
     """On real processes and tensors with data; None on ranks outside the mesh."""
     mesh = build_mesh(place)
     return None if mesh.get_coordinate() is None else launched_on(mesh, place, "cpu")
+
+
+def sent_by_a_split(place: Layout, split: str | None) -> list[float] | None:
+    """Bytes that this rank sends in a step of Muon and of NorMuon, on eight weights of 24 x 16."""
+    mesh = build_mesh(place)
+    if mesh.get_coordinate() is None:
+        return None
+    result = []
+    for rule in (Muon, NorMuon):
+        weights = [torch.nn.Parameter(lay_out(torch.ones(24, 16), place, mesh)) for _ in range(8)]
+        group = {"params": [(f"fused.{i}", weight) for i, weight in enumerate(weights)], "split": split}
+        optimizer = rule([group], compile=False, compute_dtype=torch.bfloat16)
+        for weight in weights:
+            assert isinstance(weight, DTensor)
+            weight.grad = lay_out(torch.ones(24, 16), place, mesh)
+        with Recorder(mesh, ()) as recorder:
+            optimizer.step()
+        result.append(sum(one.bytes for one in recorder.transfers))
+    return result
 
 
 def memory_on_ranks(place: Layout) -> list[tuple[str, float, float]] | None:

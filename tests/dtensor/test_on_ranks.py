@@ -19,7 +19,7 @@ from torch import Tensor
 from conformance.plan.counting import fake_mesh
 from tests.dtensor import sharded_programs as programs
 from tests.dtensor.checkpoint_programs import RESHARDINGS, resumed
-from tests.dtensor.counted_programs import launched_on, launched_on_ranks, memory_on_ranks
+from tests.dtensor.counted_programs import launched_on, launched_on_ranks, memory_on_ranks, sent_by_a_split
 from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.overlap_programs import NINE, run_in_turns, steps_of
 from tests.dtensor.programs import run_steps, run_steps_with
@@ -118,6 +118,15 @@ def test_what_is_counted_without_ranks_is_what_ranks_launch(ranks: Ranks, where:
         counted = launched_on(mesh, place, "meta")
     for launched in ranks.run(4, launched_on_ranks, place):
         assert launched == counted
+
+
+@pytest.mark.parametrize("where", ["4 S0", "2x2 S0 S1"])
+def test_matrices_that_shard_boundaries_cut_send_what_whole_ones_do(ranks: Ranks, where: str) -> None:
+    whole = ranks.run(4, sent_by_a_split, layout(where), None)
+    cut = ranks.run(4, sent_by_a_split, layout(where), "rows(14, 5, 5)")
+    for theirs, ours in zip(whole, cut, strict=True):
+        assert all(mine <= 1.1 * most for mine, most in zip(ours, theirs, strict=True)), (ours, theirs)
+        assert min(theirs) > 0
 
 
 @pytest.mark.parametrize("where", ["4 S0", "2x2 S0 S1"])
