@@ -51,7 +51,10 @@ class State(NamedTuple):
 
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
-    """One step of a stack ``[N, m, n]``, or of whole parameters ``[N, *shape]``; rows are normalized where their matrix is whole."""
+    """One step of a stack ``[N, m, n]``, or of whole parameters ``[N, *shape]``.
+
+    Rows are normalized where their matrix is whole.
+    """
     momentum, direction = accumulated(grad, state.momentum, hyper)
     orthonormalize = orthonormalizer(hyper)
 

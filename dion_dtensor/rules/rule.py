@@ -50,8 +50,8 @@ class Rule:
         defaults: every hyperparameter of a param group and its default.
         scalars: names of the hyperparameters that may change at every step without a new compilation.
         states: ``(shape, group) -> {field: StateSpec}``, without ``step``.
-        cuts: the field ``split`` of ``hyper`` cuts what ``update`` assembles, so that a stack of whole parameters may be
-            given; other rules are handed whole parameters with all their state.
+        cuts: ``update`` takes stacks of whole parameters too, and cuts what it assembles by the field ``split`` of
+            ``hyper``; other rules are handed whole parameters that are assembled with all their state.
         way: what has to travel so that a sharded matrix is orthonormalized.
         pending_states: states that may differ among ranks which hold the same parameter, since ``update`` reads the
             gradient and them only through averages: then the gradient need not be averaged first.
