@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -96,7 +97,7 @@ class Measured:
         return dict(zip(labels, within_seeds(sides), strict=True))
 
     def steps(self, study: str, label: str) -> dict[int, float]:
-        """Steps to AdamW's loss by seed; seeds that did not bracket it are missing."""
+        """Steps to AdamW's loss by seed; infinite where the seed never reached it (see `spread.steps_to`)."""
         result, target = self.get(study, label), self.target(study)
         if result is None or target is None or not math.isfinite(target):
             return {}
@@ -108,9 +109,10 @@ class Measured:
         return found
 
     def ratios(self, study: str, label: str) -> dict[int, float]:
-        """Steps over AdamW's, seed by seed."""
+        """Steps over AdamW's, seed by seed; infinite where the rule never reached its loss."""
         own, reference = self.steps(study, label), self.steps(study, "AdamW")
-        return {seed: own[seed] / reference[seed] for seed in own if seed in reference}
+        both = [seed for seed in own if math.isfinite(reference.get(seed, math.inf))]
+        return {seed: own[seed] / reference[seed] for seed in both}
 
     def studies(self, *kinds: str) -> list[str]:
         """Names of the studies of these kinds, in the order in which they were done."""
@@ -119,6 +121,14 @@ class Measured:
     def batch_of(self, study: str) -> int:
         """The study's batch size."""
         return next(r.task.study.batch for r in self.results if r.task.study.name == study)
+
+    def budget_of(self, study: str) -> int:
+        """The step budget at which the study's rules were tuned."""
+        return next(r.task.study.steps for r in self.results if r.task.study.name == study)
+
+    def workload(self, study: str) -> str:
+        """Its title."""
+        return next(r.task.study.spec.title for r in self.results if r.task.study.name == study)
 
     def title(self, study: str) -> str:
         """Workload and batch size."""
@@ -179,10 +189,12 @@ def _fewer_steps(measured: Measured) -> list[Verdict]:
             verdict, _ = smaller(own, reference)
             ratio = interval(list(measured.ratios(study, label).values()))
             claim = f"fewer steps than AdamW to the same loss ({label})"
+            late = sum(map(math.isinf, own.values()))
+            never = f"; {late} of {len(own)} seeds never reached it" if late else ""
             made.append(
                 Verdict(
                     claim,
-                    measured.setting(study),
+                    measured.setting(study) + never,
                     verdict,
                     ratio.mean,
                     ratio.low,
@@ -194,30 +206,47 @@ def _fewer_steps(measured: Measured) -> list[Verdict]:
 
 
 def _grows_with_batch(measured: Measured) -> list[Verdict]:
+    """By the slope of the ratio's logarithm over all batch sizes, seed by seed.
+
+    Shown only if the ratios' own intervals at the two ends do not overlap either: seeds share the weights of all batch
+    sizes, not the batches.
+    """
     made = []
     studies = sorted(measured.studies("batch"), key=measured.batch_of)
     for label in ("Muon", "Dion 1"):
-        have = [study for study in studies if len(measured.ratios(study, label)) >= 2]
-        if len(have) < 2:
+        found = {measured.batch_of(study): measured.ratios(study, label) for study in studies}
+        ratios = {batch: by_seed for batch, by_seed in found.items() if len(by_seed) >= 2}
+        if len(ratios) < 2:
             continue
-        first, last = have[0], have[-1]
-        small = {s: math.log(v) for s, v in measured.ratios(first, label).items()}
-        large = {s: math.log(v) for s, v in measured.ratios(last, label).items()}
-        verdict, change = smaller(large, small)
-        setting = f"batch {measured.batch_of(first)} to {measured.batch_of(last)}"
-        claim = f"the margin over AdamW grows with the batch size ({label})"
+        slope = interval(_slopes(ratios))
+        first, last = (interval(list(ratios[batch].values())) for batch in (min(ratios), max(ratios)))
+        verdict = NOT_SHOWN
+        if not first.overlaps(last) and slope.high < 0:
+            verdict = SHOWN
+        elif not first.overlaps(last) and slope.low > 0:
+            verdict = CONTRADICTED
         made.append(
             Verdict(
-                claim,
-                setting,
+                f"the margin over AdamW grows with the batch size ({label})",
+                f"batch {', '.join(map(str, sorted(ratios)))}, each with its own step budget and target",
                 verdict,
-                math.exp(change.mean),
-                math.exp(change.low),
-                math.exp(change.high),
-                "x the ratio at the smallest batch",
+                math.exp(slope.mean),
+                math.exp(slope.low),
+                math.exp(slope.high),
+                "x AdamW's steps for ten times the batch",
             )
         )
     return made or _none("the margin over AdamW grows with the batch size")
+
+
+def _slopes(ratios: Mapping[int, Seeds]) -> list[float]:
+    """Of the logarithm of the ratio over log10 of the batch size by least squares, for each seed of all batches."""
+    seeds = sorted(set.intersection(*(set(by_seed) for by_seed in ratios.values())))
+    x = [math.log10(batch) for batch in ratios]
+    return [
+        statistics.linear_regression(x, [math.log(by[seed]) for by in ratios.values()]).slope
+        for seed in seeds
+    ]
 
 
 def _close(claim: str, measured: Measured, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -78,6 +79,12 @@ def _bars(one: Interval) -> tuple[float, float]:
     return one.mean - one.low, one.high - one.mean
 
 
+def _ratio(measured: Measured, study: str, label: str) -> Interval | None:
+    """Steps over AdamW's; None for AdamW, for fewer than two seeds, and where a seed never got there."""
+    one = interval(list(measured.ratios(study, label).values()))
+    return one if label != "AdamW" and one.count >= 2 and math.isfinite(one.mean) else None
+
+
 def steps_by_batch(measured: Measured) -> Figure | None:
     """Steps to AdamW's loss over AdamW's steps, against the batch size."""
     studies = sorted(measured.studies("batch"), key=measured.batch_of)
@@ -85,9 +92,9 @@ def steps_by_batch(measured: Measured) -> Figure | None:
     drawn, batches = 0, set()
     for label in dict.fromkeys(r.task.entry.label for r in measured.results):
         points = [
-            (measured.batch_of(study), interval(list(measured.ratios(study, label).values())))
+            (measured.batch_of(study), one)
             for study in studies
-            if label != "AdamW" and len(measured.ratios(study, label)) >= 2
+            if (one := _ratio(measured, study, label)) is not None
         ]
         if len(points) < 2:
             continue
@@ -111,11 +118,14 @@ def steps_by_batch(measured: Measured) -> Figure | None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted(batches)))
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xticklabels([str(batch) for batch in sorted(batches)])
-    axes.set_xlabel("sequences in a batch")
+    budget = {measured.batch_of(study): measured.budget_of(study) for study in studies}
+    axes.set_xticklabels([f"{batch}\n{budget[batch]} steps" for batch in sorted(batches)])
+    axes.set_xlabel("sequences in a batch (below: the step budget at which both sides were tuned)")
     axes.set_ylabel("steps to AdamW's loss, over AdamW's steps")
     axes.set_title(
-        "Below 1: fewer steps than AdamW. Bars: 95% intervals over seeds.", fontsize=10, loc="left"
+        f"{measured.workload(studies[0])}. Below 1: fewer steps than AdamW. Bars: 95% intervals over seeds.",
+        fontsize=9,
+        loc="left",
     )
     axes.legend(frameon=False)
     _clean(axes)
@@ -125,24 +135,30 @@ def steps_by_batch(measured: Measured) -> Figure | None:
 def steps(measured: Measured) -> Figure | None:
     """Steps over AdamW's for every rule of every study."""
     rows = [
-        (study, label, interval(list(measured.ratios(study, label).values())))
+        (study, label, one)
         for study in measured.studies("batch", "vision")
         for label in dict.fromkeys(r.task.entry.label for r in measured.results if r.task.study.name == study)
-        if label != "AdamW" and len(measured.ratios(study, label)) >= 2
+        if (one := _ratio(measured, study, label)) is not None
     ]
     if not rows:
         return None
+    order = measured.studies("batch", "vision")
+    rows.sort(key=lambda row: (order.index(row[0]), row[2].mean))
     figure, axes = plt.subplots(figsize=(8.4, 1.4 + 0.27 * len(rows)), layout="constrained")
     for place, (_, label, one) in enumerate(rows):
         low, high = _bars(one)
         axes.errorbar(one.mean, place, xerr=[[low], [high]], marker="o", capsize=3, color=color(label))
     axes.axvline(1.0, color=COLORS["AdamW"], lw=1.4)
+    axes.annotate(
+        "AdamW", (1.0, -0.5), textcoords="offset points", xytext=(4, -9), fontsize=8, color=COLORS["AdamW"]
+    )
     axes.set_yticks(
         range(len(rows)), [f"{measured.title(study)}: {label}" for study, label, _ in rows], fontsize=8
     )
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(
-        "steps to AdamW's loss, over AdamW's steps\n(left of the line: fewer; bars: 95% intervals over seeds)"
+        "steps to AdamW's loss, over AdamW's steps\n(left of the line: fewer; bars: 95% intervals over seeds; "
+        "shown: further from 1 than 1.4 bars, roughly)"
     )
     _clean(axes)
     return figure
@@ -162,7 +178,12 @@ def loss_by_fraction(measured: Measured) -> Figure | None:
     if not studies:
         return None
     figure, grid = plt.subplots(
-        1, len(studies), figsize=(1 + 4.2 * len(studies), 4.4), squeeze=False, layout="constrained"
+        1,
+        len(studies),
+        figsize=(1 + 4.2 * len(studies), 4.4),
+        squeeze=False,
+        sharey=True,
+        layout="constrained",
     )
     for axes, study in zip(grid[0], studies, strict=True):
         _fraction_panel(axes, measured, study)
@@ -202,7 +223,7 @@ def _fraction_panel(axes: Axes, measured: Measured, study: str) -> None:
     axes.set_xticklabels([mark for mark, _ in sorted(FRACTIONS.items(), key=lambda item: item[1])])
     axes.set_xlabel("rank or fraction of slices, of the short side")
     axes.set_title(measured.setting(study), fontsize=9, loc="left")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.16), ncols=3)
     _clean(axes)
 
 
@@ -275,7 +296,13 @@ def width_trend(measured: Measured) -> Figure | None:
     axes.set_xticklabels([str(width) for width in sorted(widths)])
     axes.set_xlabel("width of the model")
     axes.set_ylabel("held-out loss minus that of the reference, nats")
-    axes.set_title("Error bars: 95% intervals over seeds", fontsize=10, loc="left")
+    first = studies[0]
+    axes.set_title(
+        f"{measured.workload(first).partition(',')[0]}, batch {measured.batch_of(first)}, "
+        f"{measured.budget_of(first)} steps. Bars: 95% intervals over seeds",
+        fontsize=9,
+        loc="left",
+    )
     axes.legend(frameon=False)
     _clean(axes)
     return figure

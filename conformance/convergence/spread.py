@@ -77,11 +77,16 @@ def steps_to(target: float, losses: Mapping[int, float]) -> float | None:
         losses: final loss by step budget, of one seed.
 
     Returns:
-        None if the budgets do not bracket the target.
+        Infinity if no budget reaches the target; the smallest budget, a bound, if that one is below it already; None
+        without losses.
     """
     points = sorted(losses.items())
+    if not points:
+        return None
+    if points[0][1] <= target:
+        return float(points[0][0])
     for (before, above), (after, below) in itertools.pairwise(points):
         if above > target >= below:
             share = (above - target) / (above - below)
             return math.exp(math.log(before) + share * (math.log(after) - math.log(before)))
-    return None
+    return math.inf

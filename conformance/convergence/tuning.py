@@ -94,7 +94,10 @@ def _places(value: float | tuple[float, float]) -> tuple[int, ...]:
 
 
 def _best_decay(run: Run, value: Loss, name: str, place: int) -> Run:
-    """Walks one decay factor along the grid while it gets better."""
+    """Walks one decay factor along the grid while it gets better.
+
+    An average over more steps than the run has is refused, since it would stay where it began; AdamW corrects that.
+    """
     start = _decay(run, name, place)
     values = sorted({*DECAYS, start})
     best, best_loss = run, value(run)
@@ -102,6 +105,8 @@ def _best_decay(run: Run, value: Loss, name: str, place: int) -> Run:
         decay = start
         while True:
             decay = _neighbour(values, decay, direction)
+            if run.algorithm != "adamw" and (1 - decay) * run.steps < 1:
+                break
             following = _with_decay(run, name, place, decay)
             if value(following) >= best_loss:
                 break

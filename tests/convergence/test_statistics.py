@@ -31,9 +31,10 @@ def test_steps_are_interpolated_in_the_logarithm() -> None:
     assert steps_to(5 - math.log(120), losses) == pytest.approx(120, rel=1e-9)
 
 
-@pytest.mark.parametrize("target", [0.5, 4.5])
-def test_steps_outside_the_budgets_are_not_guessed(target: float) -> None:
-    assert steps_to(target, {100: 3.0, 200: 2.0}) is None
+def test_steps_outside_the_budgets_are_not_guessed() -> None:
+    assert steps_to(0.5, {100: 3.0, 200: 2.0}) == math.inf
+    assert steps_to(4.5, {100: 3.0, 200: 2.0}) == 100  # a bound
+    assert steps_to(1.0, {}) is None
 
 
 def test_a_target_met_exactly_at_the_largest_budget_counts() -> None:

@@ -181,6 +181,40 @@ def test_verdicts_from_made_up_losses() -> None:
     assert [one.verdict for one in near] == ["contradicted at this scale"]
 
 
+def test_a_seed_that_never_gets_there_is_not_left_out() -> None:
+    def curve(shifts: dict[int, float]) -> dict[int, dict[int, float]]:
+        return {s: {i: 3 - 0.1 * math.log2(s) + shift for i, shift in shifts.items()} for s in (2, 4, 8, 16)}
+
+    even = {1: 0.0, 2: 1e-4, 3: 2e-4, 4: 3e-4}
+    results = [
+        _result(STUDY, "AdamW", curve(even)),
+        _result(STUDY, "Muon", curve({1: -0.1, 2: -0.1, 3: 5.0, 4: 5.0})),
+    ]
+    (found,) = (one for one in verdicts(Measured(results)) if one.claim.startswith("fewer steps"))
+    assert found.verdict == "not shown at this scale"
+    assert found.setting.endswith("2 of 4 seeds never reached it")
+
+
+@pytest.mark.parametrize(("spread", "verdict"), [(0.01, "shown"), (0.5, "not shown at this scale")])
+def test_a_trend_is_shown_only_if_the_ends_do_not_overlap(spread: float, verdict: str) -> None:
+    """Each seed's ratio falls alike; what the seeds differ by decides."""
+    studies = [replace(STUDY, name=f"batch {batch}", batch=batch) for batch in (4, 40, 400)]
+
+    def curve(factor: float) -> dict[int, dict[int, float]]:
+        shifts = {i: spread * (i - 2) for i in (1, 2, 3)}
+        return {
+            s: {i: 3 - 0.1 * (math.log2(s / factor) - shift) for i, shift in shifts.items()}
+            for s in (2, 4, 8, 16, 32)
+        }
+
+    flat = {s: {i: 3 - 0.1 * math.log2(s) for i in (1, 2, 3)} for s in (2, 4, 8, 16, 32)}
+    results = [_result(study, "AdamW", flat) for study in studies]
+    results += [_result(s, "Muon", curve(f)) for s, f in zip(studies, (0.9, 0.75, 0.6), strict=True)]
+    (found,) = (one for one in verdicts(Measured(results)) if "grows with the batch" in one.claim)
+    assert found.verdict == verdict
+    assert found.high < 1
+
+
 def test_step_times_are_measured_once() -> None:
     clock = Clock(BestPort())
     first = clock.step(MUON)

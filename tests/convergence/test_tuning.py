@@ -52,6 +52,14 @@ def test_betas_are_searched_beyond_the_grid() -> None:
     assert found.run.lr == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize(("algorithm", "most"), [("lion", 0.98), ("adamw", 0.995)])
+def test_no_average_is_longer_than_the_run(algorithm: str, most: float) -> None:
+    """A momentum that never moves is another rule; AdamW's averages are corrected."""
+    run = Run(Spec(), algorithm, (("betas", (0.9, 0.95)),), 8, 60, 0.0, 0)
+    found = tune(run, lambda one: -min(dict(one.hyper)["betas"][1], 0.995) + (one.lr - 0.01) ** 2, 0.02)
+    assert dict(found.run.hyper)["betas"][1] == most
+
+
 def test_no_run_is_asked_for_twice() -> None:
     asked = []
 
