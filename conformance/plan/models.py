@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,10 +13,14 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["PRESETS", "Model", "Weight", "from_config", "from_module", "model_of"]
+__all__ = ["PRESETS", "Model", "Weight", "from_config", "from_hugging_face", "from_module", "model_of"]
 
-ROW_PARALLEL = ("o_proj", "down_proj", "c_proj", "out_proj", "wo", "w2", "fc2")
+ROW_PARALLEL = ("o_proj", "down_proj", "c_proj", "out_proj", "wo", "w2", "fc2", "dense_4h_to_h")
 """Last parts of the names of weights that tensor parallelism shards along their columns."""
+
+
+LLAMA_LIKE = ("llama", "mistral", "mixtral", "qwen2", "qwen3")
+"""Values of ``model_type`` that :func:`from_config` describes."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ def model_of(text: str) -> Model:
             config = json.loads(Path(text).read_text())
         except (OSError, ValueError) as error:
             raise ValueError(f"model {text!r} cannot be read: {error}") from error
-        return from_config(str(config.get("model_type", Path(text).stem)), config)
+        return from_hugging_face(config) if "model_type" in config else from_config(Path(text).stem, config)
     if ":" in text:
         module, _, function = text.partition(":")
         try:
@@ -130,6 +134,33 @@ def model_of(text: str) -> Model:
     raise ValueError(
         f"model {text!r} is no preset ({', '.join(PRESETS)}), no .json file and no module:function"
     )
+
+
+def from_hugging_face(config: Mapping[str, Any]) -> Model:
+    """The model that transformers builds from ``config`` on the meta device.
+
+    Raises:
+        ValueError: an architecture that transformers does not know; or it is not installed, and the architecture is
+            none of :data:`LLAMA_LIKE`.
+    """
+    kind = str(config["model_type"])
+    try:
+        from transformers import AutoConfig, AutoModelForCausalLM
+    except ImportError:
+        if kind in LLAMA_LIKE:
+            return from_config(kind, config)
+        raise ValueError(
+            f"model_type={kind!r} is not of the Llama family ({', '.join(LLAMA_LIKE)}): install transformers"
+        ) from None
+    fields = {key: value for key, value in config.items() if key != "model_type"}
+    try:
+        made = AutoConfig.for_model(kind, **fields)
+        build: Callable[..., nn.Module] = AutoModelForCausalLM.from_config
+        with torch.device("meta"):
+            module = build(made)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"transformers cannot build model_type={kind!r}: {error}") from error
+    return from_module(kind, module)
 
 
 def from_config(name: str, config: Mapping[str, Any]) -> Model:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from typer.testing import CliRunner
 
 from conformance.cli import app
 from conformance.plan.counting import count, fake_mesh
-from conformance.plan.models import PRESETS, from_config, from_module, model_of
+from conformance.plan.models import PRESETS, from_config, from_hugging_face, from_module, model_of
 from dion_dtensor import Dion, audit
 from dion_dtensor.planning import Bucket, Cost, choose, duration, predict, usual_hardware, ways
 
@@ -126,6 +127,43 @@ def test_presets_have_the_published_sizes() -> None:
     published = {"llama3-8b": 8.03e9, "llama3-70b": 70.6e9, "llama3-405b": 406e9, "mixtral-8x7b": 46.7e9}
     for name, size in published.items():
         assert from_config(name, PRESETS[name]).size == pytest.approx(size, rel=0.01)
+
+
+SMALL = {
+    "hidden_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "vocab_size": 100,
+    "intermediate_size": 96,
+}
+CONFIGS: list[dict[str, Any]] = [
+    {"model_type": "llama", "num_key_value_heads": 2},
+    {"model_type": "gpt_neox"},  # ungated, fused QKV
+    {"model_type": "mixtral", "num_local_experts": 4, "num_key_value_heads": 2},
+    # Attention of low rank, shared experts, and a first layer without.
+    {"model_type": "deepseek_v3", "n_routed_experts": 8, "moe_intermediate_size": 32, "first_k_dense_replace": 1,
+     "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 16,
+     "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda config: config["model_type"])
+def test_a_config_of_hugging_face_is_the_model_it_builds(config: dict[str, Any], tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    fields = SMALL | config
+    made = transformers.AutoConfig.for_model(**fields)
+    with torch.device("meta"):
+        module = transformers.AutoModelForCausalLM.from_config(made)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(fields))
+    assert model_of(str(file)).size == sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_without_transformers_another_architecture_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    assert from_hugging_face(SMALL | CONFIGS[0]).size > 0
+    with pytest.raises(ValueError, match="install transformers"):
+        from_hugging_face(SMALL | CONFIGS[-1])
 
 
 def test_a_module_on_the_meta_device() -> None:
