@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from dion_dtensor.layout import shard_dim
 from dion_dtensor.members import Form
@@ -52,6 +53,7 @@ def chosen_path(
         shards=tuple(shard_dim(placement) for placement in entry.placements),
         compute_dtype=compute_dtype,
         state_dtype=state_dtype,
+        strided=tuple(axis for axis, p in enumerate(entry.placements) if isinstance(p, _StridedShard)),
     )
     among: tuple[str, ...] = ALIKE[algorithm]
     if group.get("orthonormalize") == "rcqr":

@@ -38,6 +38,8 @@ COLLECTIVES = {
     "_c10d_functional.reduce_scatter_tensor": "reduce_scatter",
     "_c10d_functional.all_reduce": "all_reduce",
 }
+LOCAL = ("wait_tensor", "_wrap_tensor_autograd")
+"""What torch's collectives call on this rank alone."""
 
 
 @contextmanager
@@ -203,7 +205,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in COLLECTIVES:
             axis = next(self.axes[arg] for arg in reversed(args) if isinstance(arg, str) and arg in self.axes)
             self._sent(COLLECTIVES[name], axis, args[0].numel() * args[0].element_size())
-        elif name.startswith(("_c10d_functional.", "_dtensor.")) and "wait_tensor" not in name:
+        elif name.startswith(("_c10d_functional.", "_dtensor.")) and not name.endswith(LOCAL):
             raise NotImplementedError(f"{name} is a collective whose bytes are not counted yet")
         elif name in ("dion_dtensor.fetch_rows", "dion_dtensor.return_rows"):
             self._rows(name.endswith("fetch_rows"), args)

@@ -160,7 +160,8 @@ def _weight(
         return cost, cost
     placements = placements_of(weight, names, sizes)
     shards = tuple(getattr(placement, "dim", None) for placement in placements)
-    bucket = Bucket(weight.shape, weight.count, tuple(sizes), shards)
+    strided = tuple(axis for axis, placement in enumerate(placements) if isinstance(placement, _StridedShard))
+    bucket = Bucket(weight.shape, weight.count, tuple(sizes), shards, strided=strided)
     way, hyper = None, dict(one.hyper)
     if one.algorithm in ("dion", "dion2", "dion3"):
         among = ("low_rank", "assemble", "exchange")

@@ -27,6 +27,7 @@ class Bucket:
         shards: for each axis the dim that it shards (0 rows, 1 columns), or None where it replicates.
         compute_dtype: of the polynomial and of what is assembled for it.
         state_dtype: of parameters, gradients and momentum.
+        strided: axes whose shards cut what the later axes left of their dim, as FSDP2's do beside tensor parallelism.
         symmetric: share of the multiplications that a symmetric product takes; 1 for all, 5/8 in four blocks.
     """
 
@@ -37,6 +38,7 @@ class Bucket:
     compute_dtype: torch.dtype = torch.bfloat16
     state_dtype: torch.dtype = torch.float32
     symmetric: float = 1.0
+    strided: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.shards):
@@ -53,6 +55,10 @@ class Bucket:
             if shard == dim:
                 held = -(-held // axis_size)
         return held
+
+    def inner_first(self, dim: int) -> tuple[int, ...]:
+        """The axes that shard ``dim``, the one that cuts the smallest pieces first."""
+        return tuple(_inner_first(self.axes(dim), self.strided))
 
     def axes(self, dim: int | None) -> tuple[int, ...]:
         """The axes that shard ``dim``; for None, those that replicate."""
@@ -134,7 +140,14 @@ def sharing(sizes: Sequence[int], shards: Shards, count: int) -> tuple[tuple[int
 
 
 def assembly(
-    rows: int, columns: int, count: int, sizes: Sequence[int], shards: Shards, into: int, back: int
+    rows: int,
+    columns: int,
+    count: int,
+    sizes: Sequence[int],
+    shards: Shards,
+    into: int,
+    back: int,
+    strided: Sequence[int] = (),
 ) -> tuple[list[Transfer], int]:
     """What ``on_whole_matrices`` sends for ``count`` matrices, and how many of them a rank works on.
 
@@ -149,6 +162,7 @@ def assembly(
         shards: 0, 1, None or PARTIAL for each axis.
         into: bytes of an element on the way in.
         back: on the way back.
+        strided: as in :class:`Bucket`.
     """
     split, own = sharing(sizes, shards, count)
     held: float = own * math.prod(sizes[axis] for axis in split)
@@ -160,7 +174,7 @@ def assembly(
         held *= local
     sent: list[Transfer] = []
     way_back: list[tuple[str | None, int]] = []
-    for axis in _order(shards, split):
+    for axis in _order(shards, split, strided):
         A, shard, shared = sizes[axis], shards[axis], axis in split
         if shard is None or shard == PARTIAL:
             if shard == PARTIAL:
@@ -182,11 +196,15 @@ def assembly(
     return sent, own
 
 
-def _order(shards: Shards, split: Sequence[int]) -> list[int]:
-    """As ``placements.order_of_moves``, for shards of which the later axis is the inner one."""
+def _inner_first(axes: Iterable[int], strided: Sequence[int]) -> list[int]:
+    return sorted(axes, key=lambda axis: (axis not in strided, -axis))
+
+
+def _order(shards: Shards, split: Sequence[int], strided: Sequence[int]) -> list[int]:
+    """As ``placements.order_of_moves``."""
     copies = [axis for axis, shard in enumerate(shards) if shard is None]
     sums = [axis for axis, shard in enumerate(shards) if shard == PARTIAL]
-    left = [axis for axis in reversed(range(len(shards))) if shards[axis] not in (None, PARTIAL)]
+    left = _inner_first((a for a, shard in enumerate(shards) if shard not in (None, PARTIAL)), strided)
     inner_first: list[int] = []
     while left:
         heads = {shards[axis]: axis for axis in reversed(left)}.values()

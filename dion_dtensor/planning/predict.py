@@ -102,7 +102,7 @@ def _muon(bucket: Bucket, way: str, fraction: float, *, variance: bool = False) 
         return _by_gram(bucket)
     m, n = bucket.shape
     size = bucket.compute_dtype.itemsize
-    sent, own = assembly(m, n, bucket.count, bucket.sizes, bucket.shards, size, size)
+    sent, own = assembly(m, n, bucket.count, bucket.sizes, bucket.shards, size, size, bucket.strided)
     if variance:
         of_rows = tuple(None if shard == 1 else shard for shard in bucket.shards)
         sent += _beside(bucket, m, of_rows)
@@ -145,7 +145,8 @@ def _by_gram(bucket: Bucket) -> Cost:
     ]
     flops = 0.0
     for length in lengths:
-        once, own = assembly(short, short, bucket.count, bucket.sizes, partial_shards, WIDE, WIDE)
+        args = (bucket.count, bucket.sizes, partial_shards, WIDE, WIDE, bucket.strided)
+        once, own = assembly(short, short, *args)
         sent += once
         flops += 2 * 2.0 * bucket.count * short**2 * bucket.local(dim) + own * 4 * length * 2.0 * short**3
     memory = _local_memory(bucket) + 4 * WIDE * bucket.count * short**2 + 2 * WIDE * _held(bucket)
@@ -176,7 +177,7 @@ def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool 
     for axis in along:
         share = -(-share // sizes[axis])
     held = count * local_short * share * WIDE
-    for axis in reversed(along):  # Q, kept in shares of its columns
+    for axis in bucket.inner_first(dim):  # Q, kept in shares of its columns
         sent.append(collective("all_gather", axis, sizes[axis], held))
         held *= sizes[axis]
     reduce(across, count * r * NORM)
@@ -185,7 +186,7 @@ def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool 
         shards = tuple(
             0 if axis in along else PARTIAL if axis in across else None for axis in range(len(sizes))
         )
-        once, own = assembly(long, r, count, sizes, shards, WIDE, WIDE)
+        once, own = assembly(long, r, count, sizes, shards, WIDE, WIDE, bucket.strided)
         sent += once
         flops["float32"] += own * basis_flops(long, r)
         working = 3.0 * own * long * r
@@ -203,7 +204,7 @@ def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool 
     if orthonormal_right:
         reduce(across, count * NORM)
         shards = tuple(0 if axis in across else None for axis in range(len(sizes)))
-        once, own = assembly(short, r, count, sizes, shards, WIDE, WIDE)
+        once, own = assembly(short, r, count, sizes, shards, WIDE, WIDE, bucket.strided)
         sent += once
         flops["float32"] += own * basis_flops(short, r)
         reduce(across, count * r * NORM)
@@ -222,12 +223,12 @@ def _dion_assembled(bucket: Bucket, r: int, orthonormal_right: bool) -> Cost:
     compute = bucket.compute_dtype
     m, n = bucket.shape
     args = (bucket.count, bucket.sizes, bucket.shards)
-    sent, own = assembly(m, n, *args, WIDE, WIDE)
-    sent += assembly(m, n, *args, 0, compute.itemsize)[0]
+    sent, own = assembly(m, n, *args, WIDE, WIDE, bucket.strided)
+    sent += assembly(m, n, *args, 0, compute.itemsize, bucket.strided)[0]
     dim = 1 if m < n else 0
     # Q lies on the short side; the axes that shard the long one share its columns.
     of_Q = tuple(None if shard is None else 1 if shard == dim else 0 for shard in bucket.shards)
-    sent += assembly(short, r, bucket.count, bucket.sizes, of_Q, WIDE, WIDE)[0]
+    sent += assembly(short, r, bucket.count, bucket.sizes, of_Q, WIDE, WIDE, bucket.strided)[0]
     flops = {"float32": own * (4.0 * long * short * r + basis_flops(long, r))}
     if orthonormal_right:
         flops["float32"] += own * basis_flops(short, r)
@@ -250,7 +251,7 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
     sent = [collective("all_reduce", axis, sizes[axis], bucket.count * NORM) for axis in down + along]
     sums = bucket.count * bucket.local(dim) * NORM
     sent += [collective("all_reduce", axis, sizes[axis], sums) for axis in along]
-    for axis in reversed(down):
+    for axis in bucket.inner_first(dim):
         sent.append(collective("all_gather", axis, sizes[axis], sums))
         sums *= sizes[axis]
     # As if rows were "0" and columns "1", on whichever dim the rows lie.
@@ -259,7 +260,7 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
     held: float = _held(bucket) * size
     split: tuple[int, ...] = ()
     if way == "assemble":
-        for axis in reversed(down):
+        for axis in bucket.inner_first(dim):
             sent.append(collective("all_gather", axis, sizes[axis], held))
             held *= sizes[axis]
     else:
@@ -281,7 +282,7 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
             at_home *= sizes[axis] if axis in copies else 1
     if only_rows:  # the variance: all of it to every rank, and the changed values back
         values: float = bucket.count * bucket.local(0) * WIDE
-        for axis in reversed(down):
+        for axis in bucket.inner_first(dim):
             sent.append(collective("all_gather", axis, sizes[axis], values))
             values *= sizes[axis]
         changed: float = number * chosen * WIDE
@@ -289,7 +290,7 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
             sent.append(collective("all_gather", axis, sizes[axis], changed))
             changed *= sizes[axis]
     shards = tuple(None if shard == 0 else shard for shard in shards)
-    once, own = assembly(chosen, columns, number, remaining, shards, size, size)
+    once, own = assembly(chosen, columns, number, remaining, shards, size, size, bucket.strided)
     sent += once
     flops = own * polynomial_flops(chosen, columns, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, chosen, columns, size)
