@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,27 +21,69 @@ CASES: tuple[tuple[str, dict[str, Any]], ...] = (
     ("dion", {"rank_fraction": 0.25, "path": "low_rank"}),
     ("dion", {"rank_fraction": 0.25, "path": "assemble"}),
     ("dion2", {"fraction": 0.25, "path": "assemble"}),
+    ("dion2", {"fraction": 0.25, "path": "exchange"}),
+    ("dion3", {"fraction": 0.25, "path": "exchange"}),
 )
+EVENLY = 5
+"""The first of the cases whose traffic depends on which rows are chosen: it is counted as spread evenly."""
+NUMBER = 8
+PRODUCTS = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
 
-Counted = list[tuple[str, float, list[tuple[int, int]]]]
+Counted = list[tuple[str, float, list[int], float]]
+Seen = list[tuple[float, list[int], float]]
 
 
 def launched_on(mesh: DeviceMesh, place: Layout, device: str) -> Counted:
-    """For each case its FLOPs, and axis and bytes of every collective in order."""
+    """For each case its FLOPs, the bytes that every collective is given, and those that this rank sends in all."""
     result = []
     for algorithm, hyper in CASES:
         for shape in ((32, 64), (64, 32)):
             # In float32: a CPU without bfloat16 units takes other products for bfloat16.
             options: dict[str, Any] = {"compute_dtype": torch.float32, "device": device}
-            found = launched(mesh, tuple(placements(place)), shape, 8, algorithm, hyper, **options)
-            result.append((algorithm, sum(found.cost.flops.values()), list(found.collectives)))
+            found = launched(mesh, tuple(placements(place)), shape, NUMBER, algorithm, hyper, **options)
+            given = sorted(size for _, size in found.collectives)
+            result.append((algorithm, sum(found.cost.flops.values()), given, found.cost.bytes()))
     return result
 
 
-def launched_on_ranks(place: Layout) -> Counted | None:
-    """On real processes and tensors with data; None on ranks outside the mesh."""
+def seen_on_ranks(place: Layout) -> Seen | None:
+    """What torch's profiler sees of the same on real processes: FLOPs of products, bytes that gloo is given and sends.
+
+    Sorted, since gloo runs what is in flight together on threads of its own.
+    """
     mesh = build_mesh(place)
-    return None if mesh.get_coordinate() is None else launched_on(mesh, place, "cpu")
+    if mesh.get_coordinate() is None:
+        return None
+    seen = []
+    for algorithm, hyper in CASES:
+        for shape in ((32, 64), (64, 32)):
+            options: dict[str, Any] = {"compute_dtype": torch.float32, "device": "cpu"}
+            with profile(activities=[ProfilerActivity.CPU], record_shapes=True, with_flops=True) as profiled:
+                launched(mesh, tuple(placements(place)), shape, NUMBER, algorithm, hyper, **options)
+            assert profiled.profiler is not None
+            assert profiled.profiler.kineto_results is not None
+            events = sorted(profiled.profiler.kineto_results.events(), key=lambda event: event.start_ns())
+            products, end = 0.0, 0
+            for event in events:
+                # The outermost alone: an operator that the planner looks at shows again inside itself.
+                if event.name() in PRODUCTS and event.start_ns() >= end:
+                    products += event.flops()
+                    end = event.end_ns()
+            gloo = [event for event in events if event.name() in SENT]
+            sizes = [math.prod(event.shapes()[0]) * ITEMSIZE[event.dtypes()[0]] for event in gloo]
+            shares = [SENT[event.name()](place.mesh[-1]) for event in gloo]
+            sent = sum(size * share for size, share in zip(sizes, shares, strict=True))
+            seen.append((products, sorted(sizes), sent))
+    return seen
+
+
+SENT: dict[str, Callable[[int], float]] = {
+    "gloo:all_gather": lambda ranks: ranks - 1,
+    "gloo:all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
+    "gloo:all_to_all": lambda ranks: (ranks - 1) / ranks,
+}
+"""Of what a collective of so many ranks is given, what a rank sends, by the ring's count."""
+ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "unsigned char": 1}
 
 
 def sent_by_a_split(place: Layout, split: str | None) -> list[float] | None:

@@ -17,9 +17,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.plan.counting import fake_mesh
+from dion_dtensor.planning.predict import basis_flops
 from tests.dtensor import sharded_programs as programs
 from tests.dtensor.checkpoint_programs import RESHARDINGS, resumed
-from tests.dtensor.counted_programs import launched_on, launched_on_ranks, memory_on_ranks, sent_by_a_split
+from tests.dtensor.counted_programs import (
+    EVENLY,
+    NUMBER,
+    launched_on,
+    memory_on_ranks,
+    seen_on_ranks,
+    sent_by_a_split,
+)
 from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.overlap_programs import NINE, run_in_turns, steps_of
 from tests.dtensor.programs import run_steps, run_steps_with
@@ -111,13 +119,22 @@ def test_low_rank_rules_are_those_of_one_device(ranks: Ranks, name: str, where: 
 
 
 @pytest.mark.parametrize("where", ["4 S0", "2x2 S0 S1", "2x2 R S0", "2x2 T0 S0"])
-def test_what_is_counted_without_ranks_is_what_ranks_launch(ranks: Ranks, where: str) -> None:
-    """Bytes by axis and FLOPs, as `conformance plan` counts them."""
+def test_what_is_counted_without_ranks_is_what_the_profiler_sees_on_ranks(ranks: Ranks, where: str) -> None:
+    """Bytes that gloo is given in each collective, and FLOPs, against what `conformance plan` counts."""
     place, names = layout(where), ("shard", "tensor")[-len(layout(where).mesh) :]
     with fake_mesh(place.mesh, names) as mesh:
         counted = launched_on(mesh, place, "meta")
-    for launched in ranks.run(4, launched_on_ranks, place):
-        assert launched == counted
+    everywhere = ranks.run(4, seen_on_ranks, place)
+    for case, (algorithm, flops, expected, total) in enumerate(counted):
+        seen = [one[case] for one in everywhere]
+        for products, sizes, _ in seen:
+            # The profiler does not know the FLOPs of a QR.
+            basis = NUMBER / 4 * basis_flops(64, 8) if algorithm == "dion" else 0
+            assert flops == pytest.approx(products + basis, rel=1e-6), algorithm
+            if case < 2 * EVENLY:
+                assert sizes == expected, algorithm
+        if case >= 2 * EVENLY:
+            assert sum(sent for _, _, sent in seen) == pytest.approx(4 * total, rel=0.05), algorithm
 
 
 @pytest.mark.parametrize("where", ["4 S0", "2x2 S0 S1"])
