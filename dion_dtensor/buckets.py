@@ -16,6 +16,7 @@ from dion_dtensor.assembly import averaged, scattered
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
 from dion_dtensor.paths import chosen_path, path_of
+from dion_dtensor.planning import Choice
 from dion_dtensor.rules import Rule
 from dion_dtensor.scale import scale_factor
 from dion_dtensor.updates import Plan, update_of
@@ -62,15 +63,14 @@ class Bucket:
         self.compile, self.compute_dtype = compile, compute_dtype
         first = self.members[0]
         self.device = first.layout.device
-        self.state_dtype = momentum_dtype or first.layout.dtype
+        # A sum of gradients leaves the range of float16.
+        own_dtype = torch.float32 if first.layout.dtype == torch.float16 else first.layout.dtype
+        self.state_dtype = momentum_dtype or own_dtype
         self.pending: tuple[int, ...] = ()
         """Mesh axes over which the momentum is still to be averaged."""
         self._scalars: dict[str, Any] = {}
         self.forms = {member: self._state_forms(member) for member in self.members}
-        self.scale = self._scale()
-        size = sum(self._length(member) for member in self.members)
-        self.choice = chosen_path(rule, group, first.form, size, self.state_dtype, compute_dtype)
-        """How matrices come to be whole and why; None where there is nothing to choose."""
+        self._scales: dict[Hashable, Tensor] = {}
         self.stacks = {key: self._initial_stack(key, seed) for key in self.forms[first]}
         lengths = [self._length(member) for member in self.members]
         self._entries = {
@@ -98,6 +98,12 @@ class Bucket:
             return (1.0,)
         return tuple(scale_factor(self.group.get("scale"), (piece.m, piece.n)) for piece in form.pieces)
 
+    @property
+    def choice(self) -> Choice | None:
+        """How matrices come to be whole and why; None where there is nothing to choose."""
+        first, size = self.members[0], sum(self._length(member) for member in self.members)
+        return chosen_path(self.rule, self.group, first.form, size, self.state_dtype, self.compute_dtype)
+
     def way(self) -> str:
         """How a logical matrix comes to be whole."""
         form = self.members[0].form
@@ -107,9 +113,17 @@ class Bucket:
             return "assembled with its whole parameter"
         if not any(form.entry.axes_sharding(dim) for dim in (0, 1)):
             return "local"
-        return WAYS[self.choice.way] if self.choice else self.rule.way
+        choice = self.choice
+        return WAYS[choice.way] if choice else self.rule.way
 
     def _scale(self) -> Tensor:
+        """The factor that the group asks for now."""
+        name = self.group.get("scale")
+        if name not in self._scales:
+            self._scales[name] = self._made_scale()
+        return self._scales[name]
+
+    def _made_scale(self) -> Tensor:
         """One factor, or one for each row of a logical matrix that this rank holds where the pieces differ in shape."""
         scales, form = self.scales(), self.members[0].form
         if len(set(scales)) == 1:
@@ -159,7 +173,7 @@ class Bucket:
         stacks = self.stacks if every else {key: self._joined(key, members) for key in self.stacks}
         scalars = self._filled_scalars(count)
         plan = self._plan(members)
-        changes = update_of(plan)(self._join(members, grads), stacks, scalars, self.scale)
+        changes = update_of(plan)(self._join(members, grads), stacks, scalars, self._scale())
         if not every:
             for key, stack in stacks.items():
                 for member, entries in zip(members, self._split(stack, members, key), strict=True):

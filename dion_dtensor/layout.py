@@ -150,6 +150,11 @@ class StorageLayout:
         placements = tuple(Partial("avg") if axis in axes else p for axis, p in enumerate(self.placements))
         return replace(self, placements=placements)
 
+    def reduced(self) -> StorageLayout:
+        """The same, with every value averaged."""
+        placements = tuple(Replicate() if isinstance(p, Partial) else p for p in self.placements)
+        return replace(self, placements=placements)
+
     def wrap(self, local: Tensor) -> Tensor:
         """The tensor of this layout whose local shard is ``local`` (no copy, no communication).
 

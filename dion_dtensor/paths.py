@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,7 +62,12 @@ def chosen_path(
     elif group["path"] != "auto":
         among = (group["path"],)
     fraction = group.get("rank_fraction", group.get("fraction", 1.0))
-    return choose(bucket, algorithm, usual_hardware(entry.mesh.ndim), fraction=fraction, among=among)
+    return _choose(bucket, algorithm, fraction, among)
+
+
+@functools.cache
+def _choose(bucket: Bucket, algorithm: str, fraction: float, among: tuple[str, ...]) -> Choice:
+    return choose(bucket, algorithm, usual_hardware(len(bucket.sizes)), fraction=fraction, among=among)
 
 
 def path_of(group: Mapping[str, Any], choice: Choice | None) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from dion_dtensor.assembly import own_shard
 from dion_dtensor.layout import StorageLayout
@@ -21,6 +22,9 @@ __all__ = ["Plan", "update_of"]
 
 # The order in which collectives are started and waited for is that of the code, which lets them overlap with work.
 AS_WRITTEN = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+
+# Before 2.14, Inductor may write a state in place before the chosen rows of the old one are read (seen with 2.11).
+IN_PLACE = TorchVersion(torch.__version__) >= "2.14"
 
 Fixed = tuple[tuple[str, Hashable], ...]
 
@@ -63,7 +67,9 @@ def update_of(plan: Plan) -> Callable[..., Tensor]:
     def unwrap(tensor: Tensor, layout: StorageLayout | None) -> Tensor:
         return tensor if layout is None else own_shard(tensor, layout)
 
-    def update(grads: Tensor, stacks: dict[str, Tensor], scalars: dict[str, Any], scale: Any) -> Tensor:
+    def update(
+        grads: Tensor, stacks: dict[str, Tensor], scalars: dict[str, Any], scale: Any
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         old = {name: wrap(stacks[name], layout) for name, layout in layouts.items()}
         grad = wrap(-grads if plan.maximize else grads, plan.grad_layout)
         if plan.split is None:
@@ -74,15 +80,28 @@ def update_of(plan: Plan) -> Callable[..., Tensor]:
         else:
             direction, *values = on_whole_matrices(_on_pieces(plan, scalars), grad, *old.values())
             new = dict(zip(old, values, strict=True))
+        left: dict[str, Tensor] = {}
         for name, layout in layouts.items():
-            stacks[name].copy_(unwrap(new[name], layout))
+            # What was assembled whole is averaged already.
+            averaged = layout and (layout.reduced() if plan.split else layout)
+            left[name] = unwrap(new[name], averaged)
+            if in_place:
+                stacks[name].copy_(left.pop(name))
         shard = unwrap(direction, plan.change_layout)
         # Scaled in float32 or wider, also when the direction was computed in bfloat16.
         change: Tensor = shard.to(torch.promote_types(shard.dtype, torch.float32)) * (scalars["lr"] * scale)
+        return change, left
+
+    def step(grads: Tensor, stacks: dict[str, Tensor], scalars: dict[str, Any], scale: Any) -> Tensor:
+        change, left = function(grads, stacks, scalars, scale)
+        for name, value in left.items():
+            stacks[name].copy_(value)
         return change
 
+    in_place = IN_PLACE or not plan.compile
+    function: Callable[..., tuple[Tensor, dict[str, Tensor]]] = update
     if not plan.compile:
-        return update
+        return step
     # Dynamo keeps its cache by code object and limits its length: a code object of its own for each plan.
     own = types.FunctionType(
         update.__code__.replace(co_name=f"{rule.name}_update"),
@@ -93,8 +112,8 @@ def update_of(plan: Plan) -> Callable[..., Tensor]:
     )
     sharded = plan.grad_layout is not None and plan.grad_layout.mesh is not None
     options: dict[str, Any] = {"options": dict(AS_WRITTEN)} if sharded else {}
-    compiled: Callable[..., Tensor] = torch.compile(own, fullgraph=True, dynamic=False, **options)
-    return compiled
+    function = torch.compile(own, fullgraph=True, dynamic=False, **options)
+    return step
 
 
 def _hyper(plan: Plan, index: int, scalars: dict[str, Any]) -> Any:

@@ -126,3 +126,33 @@ def low_rank_steps(steps: int) -> tuple[float, float, float] | None:
             true.copy_(mean)
             optimizers[0].state[theirs]["Q"].copy_(optimizers[1].state[ours]["Q"])
     return worst, momentum_error, apart
+
+
+def split_without_averages(name: str) -> float | None:
+    """A weight of several logical matrices whose gradients are not averaged: error against one process."""
+    group = shared_group(4)
+    rank = torch.distributed.get_rank()
+    if rank >= 4:
+        return None
+    generator = torch.Generator().manual_seed(4)
+    weight = torch.randn(19, 10, generator=generator, dtype=torch.float64)
+    parameters = [torch.nn.Parameter(weight.clone()) for _ in range(2)]
+    optimizers = [
+        OPTIMIZERS[name](
+            [{"params": [("fused", parameter)], "algorithm": name, "split": "rows(9, 5, 5)"}],
+            compile=False,
+            **OWN.get(name, {}),
+            **options,
+        )
+        for parameter, options in zip(
+            parameters, ({}, {"replicate_mesh": group, "averaged": False}), strict=True
+        )
+    ]
+    for _ in range(3):
+        grads = torch.randn(4, 19, 10, generator=generator, dtype=torch.float64)
+        for parameter, grad in zip(parameters, (grads.mean(0), grads[rank]), strict=True):
+            parameter.grad = grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    alone, ours = (parameter.detach() - weight for parameter in parameters)
+    return float((ours - alone).norm() / alone.norm())

@@ -32,7 +32,7 @@ from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.overlap_programs import NINE, run_in_turns, steps_of
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
-from tests.dtensor.replica_programs import low_rank_steps, replicated
+from tests.dtensor.replica_programs import low_rank_steps, replicated, split_without_averages
 from tests.dtensor.split_programs import SHAPES as SPLITS
 from tests.dtensor.split_programs import split_steps
 
@@ -227,6 +227,11 @@ def test_replicas_share_the_work_and_agree(ranks: Ranks, name: str) -> None:
             for key in ("weight", "momentum"):
                 for ours, theirs in zip(result[key], expected[key], strict=True):
                     assert error(ours, theirs) < 1e-13, (kind, key)
+
+
+@pytest.mark.parametrize("name", ["muon", "dion", "dion2"])
+def test_split_weights_may_have_gradients_that_are_not_averaged(ranks: Ranks, name: str) -> None:
+    assert max(ranks.run(4, split_without_averages, name)) < 1e-11
 
 
 def test_low_rank_sync_is_the_synchronous_run(ranks: Ranks) -> None:

@@ -1,0 +1,86 @@
+"""What a bucket reads anew at every step, and in which dtype and place it keeps its state."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+
+from dion_dtensor import Dion2, Muon, audit, updates
+from dion_dtensor.optimizer import OrthonormalOptimizer
+
+
+def stepped(
+    optimizer: OrthonormalOptimizer, parameter: torch.nn.Parameter, seed: int, steps: int = 1
+) -> torch.Tensor:
+    """The change of the weight."""
+    generator = torch.Generator().manual_seed(seed)
+    before = parameter.detach().clone()
+    for _ in range(steps):
+        parameter.grad = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+        optimizer.step()
+    return parameter.detach() - before
+
+
+def made(
+    rule: type[OrthonormalOptimizer] = Muon, **options: Any
+) -> tuple[OrthonormalOptimizer, torch.nn.Parameter]:
+    parameter = torch.nn.Parameter(torch.ones(6, 12, dtype=torch.float64))
+    chosen = {"lr": 0.1, "weight_decay": 0.0, "compile": False} | options
+    return rule([{"params": [("w", parameter)]}], **chosen), parameter
+
+
+def test_the_scale_is_that_of_the_group_now() -> None:
+    (one, parameter), (other, expected) = made(scale="spectral_norm"), made(scale="moonlight")
+    one.param_groups[0]["scale"] = "moonlight"
+    assert torch.equal(stepped(one, parameter, 1), stepped(other, expected, 1))
+
+
+def test_a_loaded_scale_is_that_of_the_next_step() -> None:
+    (saver, saved), (loader, loaded) = made(scale="moonlight"), made(scale="spectral_norm")
+    stepped(saver, saved, 1)
+    loader.load_state_dict(saver.state_dict())
+    assert audit(loader).rows[0].scale == audit(saver).rows[0].scale
+    torch.testing.assert_close(stepped(loader, loaded, 2), stepped(saver, saved, 2), rtol=1e-12, atol=1e-15)
+
+
+def test_a_scale_by_row_follows_the_group_as_well() -> None:
+    """Pieces of several shapes have a factor a row."""
+    split = {"split": "rows(2, 4)"}
+    results = []
+    for scale in ("spectral_norm", "moonlight"):
+        parameter = torch.nn.Parameter(torch.ones(6, 12, dtype=torch.float64))
+        group = {"params": [("w", parameter)], **split}
+        optimizer = Muon([group], lr=0.1, weight_decay=0.0, compile=False, scale=scale)
+        optimizer.param_groups[0]["scale"] = "moonlight"
+        results.append(stepped(optimizer, parameter, 1))
+    assert torch.equal(*results)
+
+
+def test_float16_keeps_its_momentum_in_float32() -> None:
+    parameter = torch.nn.Parameter(torch.ones(6, 12, dtype=torch.float16))
+    optimizer = Muon([("w", parameter)], lr=1e-3, compile=False)
+    for _ in range(40):  # the sum goes to 20 times the gradient, beyond 65,504
+        parameter.grad = torch.full_like(parameter, 4000.0)
+        optimizer.step()
+    assert optimizer.state[parameter]["momentum"].dtype == torch.float32
+    assert bool(parameter.isfinite().all())
+
+
+@pytest.mark.parametrize("in_place", [True, False])
+def test_states_are_written_within_the_graph_or_after_it(
+    in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After it where Inductor may write them too early."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(updates, "IN_PLACE", in_place)
+    results = []
+    for compiled in (True, False):
+        updates.update_of.cache_clear()
+        optimizer, parameter = made(Dion2, compile=compiled, fraction=0.5)
+        results.append((stepped(optimizer, parameter, 1, 3), optimizer.state[parameter]["momentum"]))
+    updates.update_of.cache_clear()
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-15)
