@@ -15,6 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.torch_version import TorchVersion
 
 from conformance.plan.counting import fake_mesh
 from dion_dtensor.planning.predict import basis_flops
@@ -101,8 +102,9 @@ def test_chosen_rows_may_travel_with_all_others(ranks: Ranks, name: str) -> None
 @pytest.mark.parametrize("name", ["muon", "normuon"])
 def test_matrices_in_two_turns_are_bitwise_those_of_one_device(ranks: Ranks, name: str) -> None:
     expected = on_one_thread(run_steps, name, None, NINE, compile=False)
-    # The last one holds rows in runs that lie apart.
-    for where in (*SAMPLE, layout("2x2 T0 R")):
+    # The last one holds rows in runs that lie apart; older DTensors refuse to make it.
+    apart = [layout("2x2 T0 R")] if TorchVersion(torch.__version__) >= "2.14" else []
+    for where in (*SAMPLE, *apart):
         for result in ranks.run(where.world, run_in_turns, name, where):
             for key, values in expected.items():
                 assert all(torch.equal(a, b) for a, b in zip(result[key], values, strict=True)), (where, key)

@@ -174,9 +174,12 @@ def test_against_torch_optim_muon(shape, nesterov, adjust, monkeypatch):
     hyper = PRESETS["torch"].hyper("muon", lr=LR, mu=MU, weight_decay=WD, nesterov=nesterov, scale=scale)
     W, grads = gaussian(*shape), [gaussian(*shape, seed=seed) for seed in range(1, 6)]
     parameter = torch.nn.Parameter(W.clone())
-    theirs = torch.optim.Muon(
-        [parameter], lr=LR, momentum=MU, weight_decay=WD, nesterov=nesterov, adjust_lr_fn=adjust
-    )
+    try:
+        theirs = torch.optim.Muon(
+            [parameter], lr=LR, momentum=MU, weight_decay=WD, nesterov=nesterov, adjust_lr_fn=adjust
+        )
+    except ValueError:
+        pytest.skip(f"this torch knows no adjust_lr_fn={adjust!r}")
     for grad in grads:
         parameter.grad = grad.clone()
         theirs.step()
