@@ -78,10 +78,10 @@ def steps_to(target: float, losses: Mapping[int, float]) -> float | None:
 
     Returns:
         Infinity if no budget reaches the target; the smallest budget, a bound, if that one is below it already; None
-        without losses.
+        with fewer than two budgets.
     """
     points = sorted(losses.items())
-    if not points:
+    if len(points) < 2:
         return None
     if points[0][1] <= target:
         return float(points[0][0])

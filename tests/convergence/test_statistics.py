@@ -35,6 +35,7 @@ def test_steps_outside_the_budgets_are_not_guessed() -> None:
     assert steps_to(0.5, {100: 3.0, 200: 2.0}) == math.inf
     assert steps_to(4.5, {100: 3.0, 200: 2.0}) == 100  # a bound
     assert steps_to(1.0, {}) is None
+    assert steps_to(4.5, {100: 3.0}) is None  # one budget says nothing about steps
 
 
 def test_a_target_met_exactly_at_the_largest_budget_counts() -> None:
