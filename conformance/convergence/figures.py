@@ -142,7 +142,7 @@ def steps(measured: Measured) -> Figure | None:
     ]
     if not rows:
         return None
-    order = measured.studies("batch", "vision")
+    order = [*sorted(measured.studies("batch"), key=measured.batch_of), *measured.studies("vision")]
     rows.sort(key=lambda row: (order.index(row[0]), row[2].mean))
     figure, axes = plt.subplots(figsize=(8.4, 1.4 + 0.27 * len(rows)), layout="constrained")
     for place, (_, label, one) in enumerate(rows):
@@ -157,8 +157,8 @@ def steps(measured: Measured) -> Figure | None:
     )
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.set_xlabel(
-        "steps to AdamW's loss, over AdamW's steps\n(left of the line: fewer; bars: 95% intervals over seeds; "
-        "shown: further from 1 than 1.4 bars, roughly)"
+        "steps to AdamW's loss, over AdamW's steps\n(left of the line: fewer; bars: 95% intervals over seeds;\n"
+        "a claim is shown where 1 is further away than about 1.4 bars)"
     )
     _clean(axes)
     return figure
