@@ -303,7 +303,7 @@ def width_trend(measured: Measured) -> Figure | None:
         fontsize=9,
         loc="left",
     )
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.14), ncols=2)
     _clean(axes)
     return figure
 
