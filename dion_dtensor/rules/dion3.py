@@ -34,7 +34,7 @@ class Hyper(NamedTuple):
     mu: Scalar
     epsilon: Scalar
     beta2: Scalar
-    variance_epsilon: float
+    variance_epsilon: Scalar
     chosen: int
     path: str
     coefficients: Coefficients
@@ -91,7 +91,7 @@ DION3 = Rule(
     hyper=Hyper,
     state=State,
     defaults={**SELECTION_DEFAULTS, **VARIANCE_DEFAULTS},
-    scalars=("mu", "epsilon", "beta2"),
+    scalars=("mu", "epsilon", "beta2", "variance_epsilon"),
     states=states,
     way="chosen rows alone",
     check=check,

@@ -35,7 +35,7 @@ class Hyper(NamedTuple):
     beta2: Scalar
     momentum: str
     nesterov: bool
-    variance_epsilon: float
+    variance_epsilon: Scalar
     coefficients: Coefficients
     epsilon_rule: str
     norm_factor: float
@@ -97,7 +97,7 @@ NORMUON = Rule(
         **VARIANCE_DEFAULTS,
         **POLYNOMIAL_DEFAULTS,
     },
-    scalars=("mu", "epsilon", "beta2"),
+    scalars=("mu", "epsilon", "beta2", "variance_epsilon"),
     states=states,
     cuts=True,
     check=check,

@@ -61,7 +61,7 @@ def orthonormalizer(hyper: PolynomialHyper) -> Callable[[Tensor], Tensor]:
     )
 
 
-def normalized_rows(U: Tensor, variance: Tensor, beta2: Scalar, epsilon: float) -> tuple[Tensor, Tensor]:
+def normalized_rows(U: Tensor, variance: Tensor, beta2: Scalar, epsilon: Scalar) -> tuple[Tensor, Tensor]:
     """Divide each row by the root of its running variance, and give the matrix its Frobenius norm back.
 
     Args:
@@ -82,7 +82,7 @@ def normalized_rows(U: Tensor, variance: Tensor, beta2: Scalar, epsilon: float) 
         total: Tensor = torch.linalg.vector_norm(stack, dim=(-2, -1), keepdim=True, dtype=torch.float64)
         return total
 
-    factor = size(wide) / size(rows).clamp(min=epsilon)
+    factor = size(wide) / torch.clamp(size(rows), min=epsilon)
     return (rows * factor.to(rows.dtype)).to(U.dtype), variance
 
 

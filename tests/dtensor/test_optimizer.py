@@ -45,8 +45,9 @@ def test_schedules_compile_once_and_agree_with_eager(algorithm: str) -> None:
             schedule.step()
             for group in optimizer.param_groups:
                 group["weight_decay"] *= 0.9
-                if "mu" in group:
-                    group["mu"] *= 0.99
+                for name in ("mu", "variance_epsilon"):
+                    if name in group:
+                        group[name] *= 0.99
             if step == 0:
                 graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
             if step == 3:  # before the trajectories part
