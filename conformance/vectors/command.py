@@ -97,7 +97,11 @@ def _different(folder: Path) -> list[str]:
     chosen = list(plans())
     with _errors(), _progress(len(chosen)) as progress:
         contents = contents_of(chosen, progress)
-    return [name for name, content in contents.items() if (folder / name).read_bytes() != content]
+    return [
+        name
+        for name, content in contents.items()
+        if not (folder / name).is_file() or (folder / name).read_bytes() != content
+    ]
 
 
 def _levels(found: VectorSet) -> dict[str, int]:

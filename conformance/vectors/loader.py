@@ -12,10 +12,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from conformance.vectors.checks import SCHEMA, check_numbers, checked_cases, checked_index
 from conformance.vectors.tensors import VectorError, from_bytes
 
-SCHEMA = 1
-"""The newest schema version that this loader understands."""
+__all__ = ["FOLDER", "SCHEMA", "STORAGE", "Case", "VectorSet", "load", "read_index"]
+
 FOLDER = Path(__file__).parent / "data"
 """The shipped set."""
 STORAGE = {"float64": "float64", "float32": "float32", "bfloat16": "float32"}
@@ -117,20 +118,10 @@ def load(folder: Path | str = FOLDER) -> VectorSet:
         folder: where index.json lies; the shipped set by default.
 
     Raises:
-        VectorError: a missing, renamed, truncated or changed file, or a schema newer than this loader.
+        VectorError: a missing, renamed, truncated or changed file, one of another structure or schema, or an empty set.
     """
     folder = Path(folder)
-    index = _json(_read(folder / "index.json"), folder / "index.json")
-    schema = index.get("schema") if isinstance(index, dict) else None
-    if not isinstance(schema, int):
-        raise VectorError(
-            f"{folder / 'index.json'} has no integer schema version; is it an index of vectors?"
-        )
-    if schema > SCHEMA:
-        raise VectorError(
-            f"{folder / 'index.json'} has schema {schema}, this loader reads up to {SCHEMA}; "
-            "install a newer dion-conformance"
-        )
+    index = read_index(folder)
     content: dict[str, bytes] = {}
     for name, digest in index["files"].items():
         content[name] = _read(folder / name)
@@ -138,13 +129,27 @@ def load(folder: Path | str = FOLDER) -> VectorSet:
             raise VectorError(f"{folder / name} is not the file that index.json lists: its SHA-256 differs")
     cases: dict[str, Case] = {}
     for name in (name for name in index["files"] if name.endswith(".json")):
-        arrays = from_bytes(content[name.removesuffix(".json") + ".safetensors"], name)
-        for entry in _json(content[name], folder / name)["cases"]:
-            case = _case(entry, arrays, folder / name)
+        numbers = name.removesuffix(".json") + ".safetensors"
+        arrays = from_bytes(content[numbers], str(folder / numbers))
+        for entry in checked_cases(_json(content[name], folder / name), folder / name):
+            check_numbers(entry, arrays, folder / name)
+            case = _case(entry, arrays)
             if case.id in cases:
                 raise VectorError(f"{folder / name} has {case.id}, which another file has already")
             cases[case.id] = case
+    if not cases:
+        raise VectorError(f"{folder} has no cases: it is an empty set")
     return VectorSet(index["version"], cases, index["flags"], index["derivation"], folder)
+
+
+def read_index(folder: Path) -> dict[str, Any]:
+    """The index of a folder's set.
+
+    Raises:
+        VectorError: none there, or something else than an index of vectors.
+    """
+    path = folder / "index.json"
+    return checked_index(_json(_read(path), path), path)
 
 
 def _read(path: Path) -> bytes:
@@ -156,25 +161,25 @@ def _read(path: Path) -> bytes:
 
 def _json(content: bytes, path: Path) -> Any:
     try:
-        return json.loads(content)
-    except ValueError as error:
+        return json.loads(content, parse_constant=_no_constant)
+    except (ValueError, RecursionError) as error:
         raise VectorError(f"{path} is no JSON: {error}") from error
 
 
-def _case(entry: Mapping[str, Any], arrays: Mapping[str, Array], path: Path) -> Case:
-    try:
-        plain = {name: entry[name] for name in PLAIN}
-        return Case(
-            **plain,
-            flags=tuple(entry["flags"]),
-            requires=tuple(entry["requires"]),
-            shape=tuple(entry["shape"]),
-            inputs={name: arrays[key] for name, key in entry["inputs"].items()},
-            expected={name: arrays[key] for name, key in entry["expected"].items()},
-            acceptable=tuple((other["note"], arrays[other["update"]]) for other in entry["acceptable"]),
-        )
-    except (KeyError, TypeError) as error:
-        raise VectorError(f"{path} has a case without {error} ({entry.get('id', 'no id')})") from error
+def _no_constant(name: str) -> None:
+    raise ValueError(f"it has {name}")
+
+
+def _case(entry: Mapping[str, Any], arrays: Mapping[str, Array]) -> Case:
+    return Case(
+        **{name: entry[name] for name in PLAIN},
+        flags=tuple(entry["flags"]),
+        requires=tuple(entry["requires"]),
+        shape=tuple(entry["shape"]),
+        inputs={name: arrays[key] for name, key in entry["inputs"].items()},
+        expected={name: arrays[key] for name, key in entry["expected"].items()},
+        acceptable=tuple((other["note"], arrays[other["update"]]) for other in entry["acceptable"]),
+    )
 
 
 PLAIN = (

@@ -75,6 +75,6 @@ def from_bytes(content: bytes, where: str) -> dict[str, NDArray[Any]]:
             arrays[name] = np.frombuffer(body[begin:end], dtype=dtype).reshape(shape)
     except VectorError:
         raise
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise VectorError(f"{where} is no safetensors file of vectors: {error!r}") from error
     return arrays
