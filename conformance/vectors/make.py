@@ -17,7 +17,7 @@ from torch import Tensor
 
 from conformance.vectors import oracle
 from conformance.vectors.arithmetic import FixedOrder
-from conformance.vectors.loader import SCHEMA
+from conformance.vectors.loader import SCHEMA, read_index
 from conformance.vectors.plans import DIALECTS, FLAGS, VERSION, Plan, plans
 from conformance.vectors.tensors import VectorError, to_bytes
 from conformance.vectors.tolerance import DERIVATION, tolerances
@@ -159,33 +159,65 @@ def make(
     """Writes the set to `folder`, whole or not at all; returns the SHA-256 of each file.
 
     Args:
-        folder: replaced if it holds a set (its index.json), refused if it holds anything else.
+        folder: replaced if it holds a set and nothing else; refused if it holds anything else.
         chosen: the plans; all of them by default.
         progress: called with each id.
 
     Raises:
-        VectorError: a case of an older, published version would change or vanish.
-        FileExistsError: `folder` holds something else.
+        VectorError: a case of an older, published version would change or vanish, or `folder` holds something else.
     """
-    folder = folder.absolute()
-    if folder.exists() and any(folder.iterdir()) and not (folder / "index.json").is_file():
-        raise FileExistsError(f"{folder} holds no index.json; choose an empty folder")
+    folder = folder.resolve()
+    _published_in(folder)
     contents = contents_of(list(plans() if chosen is None else chosen), progress)
-    if (folder / "index.json").is_file():
-        _check_published(json.loads((folder / "index.json").read_bytes()), json.loads(contents["index.json"]))
+    _check_published(_published_in(folder), json.loads(contents["index.json"])["published"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    old = temporary.with_name(f"{temporary.name}-old")
     try:
         for name, content in contents.items():
             (temporary / name).write_bytes(content)
         temporary.chmod(0o755)
         if folder.exists():
-            shutil.rmtree(folder)
+            os.replace(folder, old)
         os.replace(temporary, folder)
     except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+    if old.exists():
+        shutil.rmtree(old)
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def _published_in(folder: Path) -> dict[str, Any]:
+    """What the set in `folder` has published; nothing where there is no set yet.
+
+    Raises:
+        VectorError: `folder` is no folder, or holds something else than a set.
+    """
+    if not folder.exists():
+        return {}
+    if not folder.is_dir():
+        raise VectorError(f"{folder} is no folder; choose an empty folder")
+    entries = list(folder.iterdir())
+    if not entries:
+        return {}
+    if not (folder / "index.json").is_file():
+        raise VectorError(f"{folder} holds no index.json; choose an empty folder")
+    try:
+        index = read_index(folder)
+    except VectorError as error:
+        raise VectorError(f"{error}; {folder} holds no set to replace, choose an empty folder") from error
+    foreign = [
+        one.name for one in entries if one.name not in {"index.json", *index["files"]} or not one.is_file()
+    ]
+    if foreign:
+        raise VectorError(
+            f"{folder} holds {sorted(foreign)[0]}, which is no part of its set; choose an empty folder"
+        )
+    published: dict[str, Any] = index["published"]
+    return published
 
 
 def contents_of(chosen: list[Plan], progress: Callable[[str], None] = lambda _: None) -> dict[str, bytes]:
@@ -234,10 +266,10 @@ def _digest(case: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
 
 def _check_published(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
     """A case that an older version of the set has is there, unchanged."""
-    for case, entry in old.get("published", {}).items():
+    for case, entry in old.items():
         if entry["since"] == VERSION:
             continue
-        now = new["published"].get(case)
+        now = new.get(case)
         if now is None:
             raise VectorError(f"{case} was published in {entry['since']}; deprecate it, don't delete it")
         if now["sha256"] != entry["sha256"]:

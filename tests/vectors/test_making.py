@@ -13,7 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from typer.testing import CliRunner
 
+from conformance.cli import app
 from conformance.vectors import VectorError, load, oracle, tolerance
 from conformance.vectors.arithmetic import FixedOrder, matmul, total
 from conformance.vectors.loader import FOLDER
@@ -154,15 +156,59 @@ def test_a_published_case_is_never_edited(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+INDEX = {"schema": 1, "version": "2026.1.1", "derivation": "", "flags": {}, "dialects": {}, "published": {}}
+FOREIGN: dict[str, dict[str, str]] = {
+    "something else": {"thesis.tex": ""},
+    "index of something else": {"index.json": '{"name": "my site", "pages": []}'},
+    "index that is no JSON": {"index.json": "<html>"},
+    "index without the files": {"index.json": json.dumps(INDEX)},
+    "index of the future": {"index.json": json.dumps({**INDEX, "files": {}, "schema": 2})},
+    "a file beside the set": {"index.json": json.dumps({**INDEX, "files": {}}), "thesis.tex": ""},
+    "a folder beside the set": {"index.json": json.dumps({**INDEX, "files": {}}), "src/code.py": ""},
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_a_folder_of_something_else_is_refused_before_anything_is_computed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "set"
+    for path, content in FOREIGN[name].items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(content)
+    before = contents(tmp_path)
+    monkeypatch.setattr("conformance.vectors.make.contents_of", lambda *_: pytest.fail("computed"))
+    with pytest.raises(VectorError, match="choose an empty folder"):
+        make(folder, some())
+    done = CliRunner().invoke(app, ["vectors", "make", str(folder)])
+    assert done.exit_code == 2, done.output
+    assert "choose an empty folder" in done.stderr
+    assert contents(tmp_path) == before
+
+
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "foreign").mkdir()
-    (tmp_path / "foreign" / "thesis.tex").write_text("")
-    with pytest.raises(FileExistsError, match="choose an empty folder"):
-        make(tmp_path / "foreign", some())
-    monkeypatch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    folder = tmp_path / "set"
+    make(folder, some())
+    before = contents(tmp_path)
+    replace_ = os.replace
+
+    def full(source: Path, target: Path) -> None:
+        if target == folder:
+            raise OSError("disk full")
+        replace_(source, target)
+
+    monkeypatch.setattr("os.replace", full)
     with pytest.raises(OSError, match="disk full"):
-        make(tmp_path / "set", some())
-    assert [path.name for path in tmp_path.iterdir()] == ["foreign"]
+        make(folder, some()[:1])
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+    monkeypatch.undo()
+    make(folder, some())
+    assert contents(tmp_path) == before
 
 
 def test_two_cases_of_one_id_are_refused() -> None:
