@@ -26,7 +26,8 @@ def mutants(
 ) -> None:
     """Put mistakes into the oracle and into ports, and see whether the suite notices at the level that should.
 
-    L3 and L4 run on four local ranks. Exit status 0 only if every mutant is caught there.
+    L3 and L4 run on four local ranks. Exit status 0 only if every mutant is caught there; one that no longer fits the
+    code is not.
     """
     # Imported here: `--help` need not wait for torch.
     from conformance.mutants.catalogue import mutants as every
@@ -55,7 +56,7 @@ def mutants(
         made.add_column(name, overflow="fold")
     for one in catches:
         level = one.mutant.level if one.right else next(iter(one.caught), "-")
-        case, said = one.caught.get(level, ("-", "nothing"))
+        case, said = one.caught.get(level, ("-", f"does not apply: {one.unfit}" if one.unfit else "nothing"))
         style = "" if one.right else "bold red"
         made.add_row(
             one.mutant.name, one.mutant.subject, one.mutant.level, Text(level, style), case, said[:80]
@@ -63,7 +64,12 @@ def mutants(
     console.print(made)
     caught = sum(one.right for one in catches)
     for one in catches:
-        if not one.right:
+        if one.unfit:
+            console.print(
+                f"does not apply: {one.mutant.name} ({one.mutant.subject}): {one.unfit}",
+                style="red", highlight=False, markup=False, soft_wrap=True,
+            )  # fmt: skip
+        elif not one.right:
             console.print(
                 f"survived at {one.mutant.level}: {one.mutant.name} ({one.mutant.subject})", style="red"
             )
@@ -76,6 +82,7 @@ def mutants(
                 "level": one.mutant.level,
                 "caught": {level: {"case": case, "says": said} for level, (case, said) in one.caught.items()},
                 "missed": one.missed,
+                "unfit": one.unfit,
                 "seconds": round(one.seconds, 2),
             }
             for one in catches

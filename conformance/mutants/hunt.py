@@ -19,7 +19,7 @@ from conformance.adapters import oracle as oracle_adapter
 from conformance.adapters import ours
 from conformance.launch import Rank, one_line
 from conformance.mutants.catalogue import mutants
-from conformance.mutants.gathering import GatheringAdapter
+from conformance.mutants.gathering import KINDS, GatheringAdapter
 from conformance.mutants.mutant import ORACLE, PRODUCTION, Mutant
 from conformance.port.execute import execute
 from conformance.port.grading import ERROR, FAIL, grade
@@ -45,17 +45,19 @@ class Catch:
         caught: by level, the first case that noticed and what it said.
         missed: levels on which all of its cases passed.
         seconds: wall time.
+        unfit: why it could not be put in at all; such a mutant is neither caught nor missed.
     """
 
     mutant: Mutant
     caught: dict[str, tuple[str, str]] = field(default_factory=dict)
     missed: list[str] = field(default_factory=list)
     seconds: float = 0.0
+    unfit: str = ""
 
     @property
     def right(self) -> bool:
         """True when the level that should notice did."""
-        return self.mutant.level in self.caught
+        return not self.unfit and self.mutant.level in self.caught
 
 
 def hunt(
@@ -73,14 +75,31 @@ def hunt(
     every = mutants() if chosen is None else list(chosen)
     found: dict[int, Catch] = {}
     for index, one in enumerate(every):
-        if one.level in LOCAL:
+        if (why := unfit(one)) is not None:
+            found[index] = Catch(one, unfit=why)
+        elif one.level in LOCAL:
             found[index] = _local(one, vectors)
-            on_catch(found[index])
-    on_ranks = {index: one for index, one in enumerate(every) if one.level not in LOCAL}
+        else:
+            continue
+        on_catch(found[index])
+    on_ranks = {index: one for index, one in enumerate(every) if index not in found}
     for index, catch in _on_ranks(on_ranks, vectors):
         found[index] = catch
         on_catch(catch)
     return [found[index] for index in sorted(found)]
+
+
+def unfit(mutant: Mutant) -> str | None:
+    """Why a mutant does not apply to the code as it is, or None: found out here, since a rank's death is a catch."""
+    try:
+        if mutant.applied is not None:
+            with mutant.applied():
+                pass
+        elif mutant.kind not in KINDS:
+            return f"there is no {mutant.kind!r} among the gathering ports"
+    except Exception as error:
+        return one_line(error, 200)
+    return None
 
 
 def _local(mutant: Mutant, vectors: VectorSet) -> Catch:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from typer.testing import CliRunner
 
+from conformance.cli import app
 from conformance.mutants.catalogue import mutants
 from conformance.mutants.hunt import LOCAL, hunt
 from conformance.mutants.mutant import ORACLE, PRODUCTION, Mutant, attribute
@@ -47,6 +49,22 @@ def test_a_mutant_that_no_longer_fits_says_so() -> None:
         attribute(Mutant, "no_such", lambda x: x),
     ):
         pass
+
+
+def test_a_mutant_of_meshes_that_no_longer_fits_is_no_catch(monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = Mutant("gone", PRODUCTION, "L4", ("dion",), lambda: attribute(Mutant, "no_such", str), ("4-S0",))
+    unknown = Mutant("unknown", "a gathering port", "L4", ("dion",), layouts=("4-S0",), kind="NoSuch")
+    monkeypatch.setattr(
+        "conformance.mutants.hunt.launch.run", lambda *_, **__: pytest.fail("ranks were started")
+    )
+    found = hunt(load(), [gone, unknown])
+    assert not any(one.right or one.caught for one in found)
+    assert "no longer fits the code" in found[0].unfit
+    assert "NoSuch" in found[1].unfit
+    monkeypatch.setattr("conformance.mutants.catalogue.mutants", lambda: [gone])
+    done = CliRunner().invoke(app, ["mutants"])
+    assert done.exit_code == 1
+    assert "does not apply: gone" in done.output
 
 
 @pytest.mark.slow
