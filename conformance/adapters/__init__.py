@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -23,6 +23,14 @@ LEVELS = ("L0", "L1", "L2", "L3", "L4", "L5")
 """Orthonormalizer, one step, trajectory, save and resume, mesh equivalence, convergence."""
 DTYPES = ("float64", "float32", "bfloat16")
 """Compute dtypes; with bfloat16 the weights, gradients and states are float32."""
+
+ALGORITHMS = ("muon", "normuon", "dion", "orth_dion", "dion2", "dion3", "adamw", "lion", "orthonormalize")
+"""The oracle's, and the orthonormalizer of L0."""
+FEATURES = (
+    *("state", "cautious", "schedule:lr", "schedule:mu", "gradients:Partial"),
+    *("split:Rows", "split:Heads", "split:InterleavedRows", "split:Experts", "split:Flatten"),
+)
+"""What a port may claim beyond algorithms, levels and dtypes."""
 
 
 @dataclass(frozen=True)
@@ -133,7 +141,7 @@ def find(path: str) -> Adapter:
     An object without `capabilities` that can be called is called, once, to make the adapter.
 
     Raises:
-        AdapterError: no such module or object, or something else than an adapter.
+        AdapterError: no such module or object, something else than an adapter, or whatever its code raised.
     """
     if ":" not in path:
         known = importlib.metadata.entry_points(group="conformance.adapters")
@@ -142,25 +150,77 @@ def find(path: str) -> Adapter:
                 f"{path!r} is neither package.module:object nor a registered adapter "
                 f"({', '.join(sorted(known.names)) or 'none is registered'})"
             )
-        found = known[path].load()
+        found = _tried(path, "it cannot be loaded", known[path].load)
     else:
         module_name, _, name = path.partition(":")
-        try:
-            module = importlib.import_module(module_name)
-        except ImportError as error:
-            raise AdapterError(f"{path!r}: {module_name} cannot be imported: {error}") from error
-        except ValueError as error:
-            raise AdapterError(f"{path!r} is not package.module:object") from error
+        if not all(part.isidentifier() for part in module_name.split(".")):
+            raise AdapterError(f"{path!r} is not package.module:object")
+        module = _tried(
+            path, f"{module_name} cannot be imported", lambda: importlib.import_module(module_name)
+        )
         if not hasattr(module, name):
             raise AdapterError(f"{path!r}: {module_name} has no {name!r}")
         found = getattr(module, name)
     if isinstance(found, type) or (callable(found) and not hasattr(found, "capabilities")):
-        found = found()
+        found = _tried(path, "it cannot be called without arguments to make the adapter", found)
     missing = [name for name in ("capabilities", "init", "step") if not callable(getattr(found, name, None))]
     if missing:
         raise AdapterError(f"{path!r} is no adapter: it has no {', '.join(missing)}")
     adapter: Adapter = found
     return adapter
+
+
+def _tried(path: str, problem: str, function: Callable[[], Any]) -> Any:
+    """Calls the port's code; sys.exit there must not end the suite as if all were well."""
+    try:
+        return function()
+    except (Exception, SystemExit) as error:
+        said = " ".join(f"{type(error).__name__}: {error}".split())
+        raise AdapterError(f"{path!r}: {problem}: {said}") from error
+
+
+def checked_claims(adapter: Adapter, path: str) -> Capabilities:
+    """What an adapter claims, in plain types that any process can read.
+
+    Raises:
+        AdapterError: `capabilities` raises, gives something else, or claims what is not known.
+    """
+    claims = _tried(path, "capabilities() failed", adapter.capabilities)
+    if not isinstance(claims, Capabilities):
+        raise AdapterError(f"{path!r}: capabilities() must return conformance.adapters.Capabilities")
+    if not isinstance(claims.name, str):
+        raise AdapterError(f"{path!r}: Capabilities.name must be a string, not {claims.name!r}")
+    if not isinstance(claims.distribution, str | None):
+        raise AdapterError(f"{path!r}: Capabilities.distribution must be a string or None")
+    for field_name in ("algorithms", "notes"):
+        if not isinstance(getattr(claims, field_name), Mapping):
+            raise AdapterError(
+                f"{path!r}: Capabilities.{field_name} must be a dict, not {getattr(claims, field_name)!r}"
+            )
+    named: dict[str, tuple[object, Sequence[str] | None]] = {
+        "algorithms": (tuple(claims.algorithms), ALGORITHMS),
+        "levels": (claims.levels, LEVELS),
+        "dtypes": (claims.dtypes, DTYPES),
+        "features": (claims.features, FEATURES),
+        "states": (claims.states, None),
+        **{f"algorithms[{name!r}]": (dialects, None) for name, dialects in claims.algorithms.items()},
+    }
+    for what, (values, known) in named.items():
+        if not isinstance(values, tuple | list) or not all(isinstance(one, str) for one in values):
+            raise AdapterError(f"{path!r}: Capabilities.{what} must be a tuple of strings, not {values!r}")
+        for one in values:
+            if known is not None and one not in known:
+                raise AdapterError(f"{path!r}: Capabilities.{what} has {one!r}; known are {', '.join(known)}")
+    return Capabilities(
+        claims.name,
+        {name: tuple(dialects) for name, dialects in claims.algorithms.items()},
+        tuple(claims.levels),
+        tuple(claims.dtypes),
+        tuple(claims.features),
+        tuple(claims.states),
+        claims.distribution,
+        {str(name): str(note) for name, note in claims.notes.items()},
+    )
 
 
 def spec_of(case: Case, compute_dtype: str) -> Spec:

@@ -17,8 +17,12 @@ from conformance.port import output
 from conformance.port.grading import Verdict
 from conformance.port.runner import Run, Selection, jobs, run_vectors
 from conformance.port.selection import SelectionError, check_known, levels_of, read_known
+from conformance.port.worker import Worker
 from conformance.report.live import live_bar
 from conformance.vectors import VectorError, VectorSet, load
+
+ASK_SECONDS = 60.0
+"""At least so long may it take to import a port: its framework may be large."""
 
 
 def port(
@@ -88,19 +92,16 @@ def port(
 
 
 def claims_of(adapter: str, timeout: float) -> Capabilities:
-    """What the port claims.
+    """What the port claims, asked in a process of its own: what ends or hangs there does not end this one.
 
     Raises:
-        AdapterError: it cannot be found, or `capabilities` raises or gives something else.
+        AdapterError: it cannot be found, `capabilities` raises or gives something else, or the process ends or hangs.
     """
-    found = find(adapter)
+    worker = Worker(adapter, timeout)
     try:
-        claims = found.capabilities()
-    except Exception as error:
-        raise AdapterError(f"{adapter!r}: capabilities() raised {type(error).__name__}: {error}") from error
-    if not isinstance(claims, Capabilities):
-        raise AdapterError(f"{adapter!r}: capabilities() must return conformance.adapters.Capabilities")
-    return claims
+        return worker.start(max(timeout, ASK_SECONDS))
+    finally:
+        worker.close()
 
 
 def selection_of(

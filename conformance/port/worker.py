@@ -11,6 +11,7 @@ import sys
 from multiprocessing.connection import Connection
 from typing import Any
 
+from conformance.adapters import AdapterError, Capabilities, checked_claims, find
 from conformance.port.execute import Outcome, execute
 from conformance.vectors import Case
 
@@ -32,8 +33,11 @@ class Worker:
 
     def run(self, case: Case, dtype: str) -> Outcome:
         """The outcome of a case; a process that hangs or dies is an outcome too."""
-        if self._process is None and (problem := self._start()) is not None:
-            return problem
+        if self._process is None:
+            try:
+                self.start()
+            except AdapterError as error:
+                return Outcome(raised=str(error), phase="importing the adapter")
         assert self._channel is not None
         try:
             self._channel.send_bytes(pickle.dumps((case, dtype)))
@@ -47,7 +51,12 @@ class Worker:
         except (EOFError, OSError):
             return Outcome(raised=self._ending(), phase="the adapter")
 
-    def _start(self) -> Outcome | None:
+    def start(self, seconds: float = START_SECONDS) -> Capabilities:
+        """Starts the process; returns what the adapter in it claims.
+
+        Raises:
+            AdapterError: it cannot be found or asked, ends the process, or takes longer.
+        """
         ours, theirs = socket.socketpair()
         code = "from conformance.port.worker import serve; serve()"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
@@ -57,16 +66,18 @@ class Worker:
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdout=printed)
         theirs.close()
         self._channel = Connection(ours.detach())
+        said: Capabilities | AdapterError
         try:
-            if self._channel.poll(START_SECONDS):
-                self._channel.recv_bytes()
-                return None
+            if not self._channel.poll(seconds):
+                self.close()
+                raise AdapterError(f"{self.adapter!r}: TimeoutError: not imported in {seconds:g} s")
+            said = pickle.loads(self._channel.recv_bytes())
         except (EOFError, OSError):
-            return Outcome(raised=self._ending(), phase="importing the adapter")
-        self.close()
-        return Outcome(
-            raised=f"TimeoutError: not imported in {START_SECONDS:g} s", phase="importing the adapter"
-        )
+            raise AdapterError(f"{self.adapter!r}: importing it, {self._ending()}") from None
+        if isinstance(said, AdapterError):
+            self.close()
+            raise said
+        return said
 
     def _ending(self) -> str:
         """How the process ended, in words."""
@@ -99,11 +110,15 @@ def _real(stream: Any) -> bool:
 
 def serve() -> None:
     """Body of the process: `argv` holds a file descriptor and the adapter's path."""
-    from conformance.adapters import find
-
     channel = Connection(int(sys.argv[1]))
-    adapter = find(sys.argv[2])
-    channel.send_bytes(pickle.dumps("ready"))
+    try:
+        adapter = find(sys.argv[2])
+        said: Capabilities | AdapterError = checked_claims(adapter, sys.argv[2])
+    except AdapterError as error:
+        said = error
+    channel.send_bytes(pickle.dumps(said))
+    if isinstance(said, AdapterError):
+        return
     while True:
         try:
             case, dtype = pickle.loads(channel.recv_bytes())
