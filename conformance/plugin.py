@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from conformance.port.runner import Selection
 
 FIXTURE = "conformance_case"
+HERE = ("L0", "L1", "L2")
+"""Levels of the vectors; the others need ranks or minutes."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -74,6 +76,7 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
         return found
     from conformance.adapters import AdapterError
     from conformance.port.command import claims_of, selection_of
+    from conformance.port.runner import jobs
     from conformance.port.selection import SelectionError, check_known
     from conformance.vectors import VectorError, load
 
@@ -90,10 +93,20 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
         vectors = load()
         claims = claims_of(option("--port"), option("--port-timeout"))
         check_known((*selection.skip, *selection.xfail), [case.id for case in vectors])
+        if all(
+            known is not None and known.status != "skip" for _, _, known in jobs(claims, vectors, selection)
+        ):
+            raise SelectionError(f"no case that {option('--port')} claims is selected{_elsewhere(selection)}")
     except (AdapterError, SelectionError, VectorError) as error:
         raise pytest.UsageError(str(error)) from error
     config._conformance = selection, vectors, claims  # type: ignore[attr-defined]
     return selection, vectors, claims
+
+
+def _elsewhere(selection: Selection) -> str:
+    """What is said of levels that were asked for, and are not run here."""
+    left = [level for level in selection.levels if level not in HERE]
+    return f"; {', '.join(left)}: the plugin runs L0-L2, `conformance port` the others" if left else ""
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -101,8 +114,9 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     path = config.getoption("--port", None)
     if path is None:
         return None
-    _, vectors, claims = _setup(config)
-    return f"conformance: {claims.name} {claims.version()} ({path}), vectors {vectors.version}"
+    selection, vectors, claims = _setup(config)
+    about = f"conformance: {claims.name} {claims.version()} ({path}), vectors {vectors.version}"
+    return about + _elsewhere(selection)
 
 
 @pytest.fixture(scope="session")
