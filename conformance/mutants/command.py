@@ -33,6 +33,7 @@ def mutants(
     from conformance.mutants.catalogue import mutants as every
     from conformance.mutants.hunt import LOCAL, Catch, hunt
     from conformance.port.output import json_bytes, write_whole
+    from conformance.port.targets import check_targets
     from conformance.vectors import load
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
@@ -44,6 +45,10 @@ def mutants(
     ]
     if not chosen:
         raise typer.BadParameter("no mutant has such a name")
+    try:
+        check_targets([json_file] if json_file is not None else [])
+    except OSError as error:
+        raise typer.BadParameter(str(error)) from None
     with live_bar(console) as progress:
         task = progress.add_task("", total=len(chosen))
 

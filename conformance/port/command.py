@@ -17,6 +17,7 @@ from conformance.port import output
 from conformance.port.grading import Verdict
 from conformance.port.runner import Run, Selection, jobs, run_vectors
 from conformance.port.selection import SelectionError, check_known, levels_of, read_known
+from conformance.port.targets import check_targets
 from conformance.port.worker import Worker
 from conformance.report.live import live_bar
 from conformance.vectors import VectorError, VectorSet, load
@@ -183,17 +184,3 @@ def run_port(
 
             run.verdicts += run_gate(find(adapter), claims, vectors, selection, on_verdict=following)
     return run
-
-
-def check_targets(paths: Sequence[Path]) -> None:
-    """Refuses files that could not be written, before anything is run.
-
-    Raises:
-        OSError: the folder is missing or read-only.
-    """
-    for path in paths:
-        folder = path.absolute().parent
-        if not folder.is_dir():
-            raise FileNotFoundError(f"{folder} does not exist; make it, or write elsewhere")
-        if path.is_dir() or not os.access(folder, os.W_OK):
-            raise PermissionError(f"{path} cannot be written; choose another file")

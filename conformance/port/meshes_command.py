@@ -53,9 +53,10 @@ def meshes(
     All ranks must hold the same bits of what is replicated. Exit status 0 only if nothing failed.
     """
     # Imported here: `--help` need not wait for DTensor.
-    from conformance.port.command import check_targets, claims_of, selection_of
+    from conformance.port.command import claims_of, selection_of
     from conformance.port.compare import Kept, compare, read, write
     from conformance.port.meshes import run_meshes
+    from conformance.port.targets import check_targets
     from conformance.vectors import VectorError, load
 
     console = Console(quiet=not launch.is_main(), width=None if sys.stdout.isatty() else 120)

@@ -71,7 +71,10 @@ def check(
 
     Exit status 0: all as it should be; 1: other bytes; 2: a file that cannot be read or trusted.
     """
+    from conformance.port.targets import check_targets
+
     with _errors():
+        check_targets([json_file] if json_file is not None else [])
         found = load(folder)
     different = _different(folder) if remake else []
     for name in different:

@@ -93,7 +93,7 @@ def test_what_cannot_start_ends_with_one_line_and_status_two(arguments: list[str
 def test_a_read_only_folder_is_refused_before_anything_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("conformance.port.command.os.access", lambda *_: False)  # root may write anywhere
+    monkeypatch.setattr("conformance.port.targets.os.access", lambda *_: False)  # root may write anywhere
     done = CliRunner().invoke(app, ["port", "tests.port.ports:perfect", "--json", str(tmp_path / "out.json")])
     assert done.exit_code == 2
     assert "cannot be written" in done.stderr
