@@ -107,6 +107,13 @@ def run_meshes(
                 done.add(blamed)
             # Without a failure all is done, though joined ranks but the first hear nothing of it. After one, the other
             # joined ranks are gone, and only their launcher can start them again.
+            if failure is not None and launch.joined():
+                for index, job in enumerate(todo):
+                    if index not in done:
+                        verdicts.append(
+                            _blank(job, ERROR, f"not run: the ranks ended in {todo[blamed][0].id}")
+                        )
+                        on_verdict(verdicts[-1])
             if failure is None or launch.joined():
                 break
             todo = [job for index, job in enumerate(todo) if index not in done]

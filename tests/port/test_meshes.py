@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 
 from conformance.adapters import find
+from conformance.launch import RankFailedError
 from conformance.port.grading import ERROR, PASS, SKIP, UNCLAIMED, Verdict
 from conformance.port.mesh_cases import LAYOUTS, RESHARDINGS, claimed_hypers, mesh_cases
+from conformance.port.mesh_program import Started
 from conformance.port.meshes import run_meshes
 from conformance.port.runner import Selection
 from conformance.vectors import load
@@ -82,6 +84,18 @@ def test_a_collective_that_hangs_ends_in_time_with_rank_and_collective() -> None
     assert "hung for 12 s" in hung.message
     assert "collective" in hung.message or "misbehave" in hung.message
     assert found["L4/muon/dion/2-S0"].status == PASS
+
+
+def test_what_joined_ranks_could_not_run_is_in_the_report_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(adapter: Any, todo: Any, log: Any, *_: Any) -> RankFailedError:
+        log(0, Started(0))
+        return RankFailedError(0, "raised ArithmeticError")
+
+    monkeypatch.setattr("conformance.port.meshes._start", fails)
+    monkeypatch.setattr("conformance.port.meshes.launch.joined", lambda: True)
+    found = run("conformance.mutants.gathering:adapter", "L4/muon/*/2-S?", "L4/muon/*/4-S0")
+    assert [one.status for one in found.values()] == [ERROR] * 3
+    assert [one.message.startswith("not run") for one in found.values()] == [False, True, True]
 
 
 @pytest.mark.slow
