@@ -22,6 +22,8 @@ from conformance.port.worker import Worker
 from conformance.report.live import live_bar
 from conformance.vectors import VectorError, VectorSet, load
 
+RANKS, SECONDS = 4, 60.0
+"""Defaults of --nproc and --timeout."""
 ASK_SECONDS = 60.0
 """At least so long may it take to import a port: its framework may be large."""
 
@@ -41,13 +43,13 @@ def port(
     backend: Annotated[
         str | None, typer.Option(help="gloo (cpu) or nccl (cuda).  [default: by device]")
     ] = None,
-    nproc: Annotated[int, typer.Option(min=1, help="Local ranks for L3 and L4.")] = 4,
+    nproc: Annotated[int, typer.Option(min=1, help="Local ranks for L3 and L4.")] = RANKS,
     skip: Annotated[
         Path | None, typer.Option(help="File of cases not to run: `pattern  # reason` a line.")
     ] = None,
     xfail: Annotated[Path | None, typer.Option(help="File of cases that have to fail, likewise.")] = None,
     vectors: Annotated[Path | None, typer.Option(help="Folder of another set of vectors.")] = None,
-    timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = 60.0,
+    timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = SECONDS,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all verdicts to this file.")] = None,
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML to this file.")] = None,
     html: Annotated[Path | None, typer.Option(help="Write the report to this file.")] = None,
@@ -76,6 +78,12 @@ def port(
             f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
         )
         raise typer.Exit(2) from None
+    run.options = output.changed(
+        {
+            "--device": (device, "cpu"), "--backend": (backend, None), "--nproc": (nproc, RANKS),
+            "--vectors": (vectors, None), "--timeout": (timeout, SECONDS),
+        }
+    )  # fmt: skip
     seconds = time.monotonic() - began
     about = output.facts(run, adapter, f"{found.version}, {len(found)} cases", seconds)
     output.show(run, adapter, console, seconds, details=traceback)

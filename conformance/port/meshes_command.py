@@ -20,6 +20,8 @@ from conformance.port.runner import Run
 from conformance.port.selection import SelectionError
 
 PORT = "conformance.adapters.ours:adapter"
+RANKS, SECONDS = 4, 120.0
+"""Defaults of --nproc and --timeout."""
 LAST_WORDS = (
     8.0  # seconds for rank 0 to write the report, before the launcher ends all ranks because one has failed
 )
@@ -35,9 +37,11 @@ def meshes(
         list[str] | None, typer.Option(help=f"Only this one (repeatable): {', '.join(DTYPES)}.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL, one rank a GPU).")] = "cpu",
-    nproc: Annotated[int, typer.Option(min=1, help="Local ranks; those of torchrun or Slurm are taken.")] = 4,
+    nproc: Annotated[
+        int, typer.Option(min=1, help="Local ranks; those of torchrun or Slurm are taken.")
+    ] = RANKS,
     compiled: Annotated[bool, typer.Option("--compile", help="Compile dion_dtensor's steps.")] = False,
-    timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = 120.0,
+    timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = SECONDS,
     save: Annotated[
         Path | None, typer.Option(help="Write all results, to be compared with --against.")
     ] = None,
@@ -78,7 +82,13 @@ def meshes(
                     f"{verdict.status}: {verdict.id} {verdict.message}", highlight=False, markup=False
                 )
 
-        run = Run(claims)
+        options = output.changed(
+            {
+                "--adapter": (adapter, PORT), "--device": (device, "cpu"), "--nproc": (_ranks(nproc), RANKS),
+                "--compile": (compiled, False), "--timeout": (timeout, SECONDS), "--against": (against, None),
+            }
+        )  # fmt: skip
+        run = Run(claims, command="meshes", options=options)
         run.verdicts = run_meshes(
             adapter, claims, vectors, selection, ranks=_ranks(nproc), device=device, timeout=timeout,
             on_verdict=line, keep=kept,

@@ -8,7 +8,7 @@ import os
 import platform
 import shlex
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -39,10 +39,24 @@ STATUSES = (PASS, ACCEPTABLE, FAIL, ERROR, XFAIL, XPASS, SKIP, UNDECIDED)
 """In the order of the columns; what is not claimed is counted apart."""
 
 
-def command_of(adapter: str, verdict: Verdict) -> str:
-    """The command that runs one verdict's case again."""
-    pattern = shlex.quote(verdict.id)
-    return f"conformance port {shlex.quote(adapter)} --level {verdict.level} --case {pattern} --traceback"
+def command_of(run: Run, adapter: str, verdict: Verdict) -> str:
+    """The command that runs one verdict's case again, with the options of this run that are not the defaults."""
+    words = ["conformance", run.command]
+    if run.command == "port":
+        words.append(adapter)
+    words += ["--level", verdict.level, "--case", verdict.id, *run.options]
+    return shlex.join([*words, "--traceback"] if run.command == "port" else words)
+
+
+def changed(options: Mapping[str, tuple[object, object]]) -> tuple[str, ...]:
+    """The command line of those options, given as value and default, whose value is another."""
+    words: list[str] = []
+    for name, (value, default) in options.items():
+        if value is True:
+            words.append(name)
+        elif value not in (None, default):
+            words += [name, f"{value:g}" if isinstance(value, float) else str(value)]
+    return tuple(words)
 
 
 def rows(run: Run) -> list[tuple[tuple[str, str, str, str], Counter[str], float]]:
@@ -99,7 +113,7 @@ def show(
     bad = [one for one in run.verdicts if one.status in BAD]
     for one in bad[:limit]:
         console.print(f"{one.status}: {one.id} on {one.layout}: {one.message}", style="red", **_PLAIN)
-        console.print(f"    {command_of(adapter, one)}", **_PLAIN)
+        console.print(f"    {command_of(run, adapter, one)}", **_PLAIN)
         if details and one.details:
             console.print(one.details, **_PLAIN)
     if len(bad) > limit:
@@ -149,7 +163,7 @@ def as_json(run: Run, about: dict[str, str], adapter: str) -> dict[str, Any]:
                 "message": one.message,
                 "errors": {name: [number(error), allowed] for name, (error, allowed) in one.errors.items()},
                 "seconds": round(one.seconds, 4),
-                **({"command": command_of(adapter, one)} if one.status in BAD else {}),
+                **({"command": command_of(run, adapter, one)} if one.status in BAD else {}),
             }
             for one in run.verdicts
         ],
@@ -175,7 +189,7 @@ def as_junit(run: Run, adapter: str) -> bytes:
             kind = "error" if one.status == ERROR else "failure"
             counts["errors" if one.status == ERROR else "failures"] += 1
             element = ElementTree.SubElement(case, kind, message=_printable(one.message))
-            element.text = _printable(f"{command_of(adapter, one)}\n{one.details}")
+            element.text = _printable(f"{command_of(run, adapter, one)}\n{one.details}")
         elif one.status not in (PASS, ACCEPTABLE):
             counts["skipped"] += 1
             ElementTree.SubElement(case, "skipped", message=_printable(f"{one.status}: {one.message}"))

@@ -58,7 +58,7 @@ def render(run: Run, about: dict[str, str], adapter: str, seconds: float) -> str
     other = [one for one in run.verdicts if one.status in (XFAIL, ACCEPTABLE)]
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
         run=run, facts=about, summary=summary(run, seconds), columns=columns, lines=lines, bad=bad, other=other,
-        commands={one.id: command_of(adapter, one) for one in bad}, not_claimed=not_claimed(run), closest=closest,
+        commands={one.id: command_of(run, adapter, one) for one in bad}, not_claimed=not_claimed(run), closest=closest,
         picture=base64.b64encode(_spectra(closest)).decode() if closest else None, number=number,
     )  # fmt: skip
 

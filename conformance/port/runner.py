@@ -75,12 +75,15 @@ class Run:
         verdicts: in the order of the cases.
         outcomes: by (case, dtype), of what was run on one device.
         fits: conventions that explain failures.
+        command, options: what runs a case again as it was run: "port" or "meshes", and its further options.
     """
 
     port: Capabilities
     verdicts: list[Verdict] = field(default_factory=list)
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
     fits: list[Fit] = field(default_factory=list)
+    command: str = "port"
+    options: tuple[str, ...] = ()
 
     def count(self, *statuses: str) -> int:
         """Number of verdicts with one of these statuses."""
