@@ -15,7 +15,6 @@ from dion_dtensor.rules import RULES
 
 __all__ = ["Audit", "AuditRow", "audit", "param_groups"]
 
-# Wrappers that put a prefix into a parameter's name without changing the model.
 HEADS = ("head", "lm_head", "embed_out")
 TOP_HEADS = ("output", "classifier", "heads", "fc", "score")
 # Parameters that a module holds itself: a table of positions, a class token.
@@ -25,6 +24,7 @@ NO_MATRIX = re.compile(r"(^|_)(bias|log)$")
 CONVOLUTION, IN_BY_OUT = "convolution", "stored as [in, out]"
 NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
 EXPECTED = ("embedding", "output head", "excluded", NO_STACK, BY_NAME)
+# Wrappers that put a prefix into a parameter's name without changing the model.
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
@@ -126,14 +126,18 @@ def _across(split: Split | None, parameter: Tensor) -> Split | None:
     return Columns(*split.sizes) if isinstance(split, Rows) else split
 
 
+def _without_wrappers(names: Sequence[str]) -> list[str]:
+    for prefix in WRAPPER_PREFIXES:
+        names = [name.replace(prefix, "") for name in names]
+    if all(name.startswith("module.") for name in names if name):  # DistributedDataParallel
+        names = [name.removeprefix("module.") for name in names]
+    return list(names)
+
+
 def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names that they have without wrappers."""
-    named = list(model.named_parameters())
-    for prefix in WRAPPER_PREFIXES:
-        named = [(name.replace(prefix, ""), parameter) for name, parameter in named]
-    if all(name.startswith("module.") for name, _ in named):  # DistributedDataParallel
-        named = [(name.removeprefix("module."), parameter) for name, parameter in named]
-    plain = dict(named)
+    named = dict(model.named_parameters())
+    plain = dict(zip(_without_wrappers(list(named)), named.values(), strict=True))
     if len(plain) != len(named):
         raise ValueError(f"without {WRAPPER_PREFIXES} two parameters of the model have the same name")
     return plain
@@ -142,12 +146,15 @@ def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
 def _by_module(model: nn.Module) -> dict[int, str]:
     """What the module of a parameter says of it; embeddings last, since a tied head is one."""
     found = {}
-    for name, module in model.named_modules():
+    modules = dict(model.named_modules())
+    names = _without_wrappers([f"{name}." if name else "" for name in modules])
+    for name, module in zip(names, modules.values(), strict=True):
+        path = name.removesuffix(".")
         if isinstance(module, nn.modules.conv._ConvNd):
             found[id(module.weight)] = CONVOLUTION
-        elif type(module).__name__ == "Conv1D" and isinstance(getattr(module, "weight", None), Tensor):
-            found[id(module.weight)] = IN_BY_OUT  # Hugging Face's, of GPT-2
-        elif name.rsplit(".", 1)[-1] in HEADS or name in TOP_HEADS:
+        elif _is_conv1d(module) and isinstance(getattr(module, "weight", None), Tensor):
+            found[id(module.weight)] = IN_BY_OUT
+        elif path.rsplit(".", 1)[-1] in HEADS or path in TOP_HEADS:
             layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
             if layers:  # of a classifier of several layers, the last
                 found[id(layers[-1].weight)] = "output head"
@@ -160,6 +167,11 @@ def _by_module(model: nn.Module) -> dict[int, str]:
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             found.update({id(parameter): "embedding" for parameter in module.parameters()})
     return found
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's, of GPT-2."""
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)  # fully_shard makes a subclass
 
 
 @dataclass(frozen=True)

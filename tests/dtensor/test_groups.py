@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import Any
 
 import pytest
@@ -105,6 +106,25 @@ def test_names_that_differ_by_a_wrapper_only_are_refused() -> None:
         param_groups(Outer())
     del (outer := Outer())._orig_mod
     assert [name for name, _ in param_groups(outer)[0]["params"]] == ["weight", "module.weight"]
+
+
+class Wrapped(nn.Module):
+    """As DistributedDataParallel names a model."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+
+@pytest.mark.parametrize("head", ["fc", "classifier", "score", "heads", "output"])
+def test_a_head_is_found_within_wrappers(head: str) -> None:
+    model = nn.Sequential(
+        OrderedDict({"body": nn.Linear(4, 4, bias=False), head: nn.Linear(4, 4, bias=False)})
+    )
+    for wrapped in (model, torch.compile(model), Wrapped(model), Wrapped(torch.compile(model))):
+        matrices, rest = param_groups(wrapped)
+        assert [name for name, _ in matrices["params"]] == ["body.weight"]
+        assert rest["reasons"] == {f"{head}.weight": "output head"}
 
 
 class Mixed(nn.Module):
@@ -216,6 +236,12 @@ def test_a_conv1d_steps_as_the_linear_layer_that_it_is() -> None:
         theirs.step()
         for name, layer in model.items():
             torch.testing.assert_close(layer.weight, linear[name].weight.mT, rtol=1e-5, atol=1e-6)
+
+
+def test_a_conv1d_is_one_as_a_subclass_too() -> None:
+    model = nn.ModuleDict({"c_fc": type("FSDPConv1D", (Conv1D,), {})(32, 8)})  # as fully_shard makes it
+    (group, _) = param_groups(model)
+    assert group["split"] == "columns(32)"
 
 
 @pytest.mark.parametrize("make_model", ["vit_b_16", "resnet18", "convnext_tiny", "swin_t"])
