@@ -51,15 +51,19 @@ def check_options(options: Mapping[str, Any], resync_every: int | None) -> None:
             raise ValueError(f"{name}={count} must be positive, or None")
 
 
-def check_group(group: Mapping[str, Any]) -> None:
+def check_group(group: Mapping[str, Any], foreign: bool = False) -> None:
     """Refuse a param group with hyperparameters out of range, or that its rule does not have.
+
+    Args:
+        group: with its algorithm.
+        foreign: whether keys that the rule does not have are let pass.
 
     Raises:
         ValueError: names the hyperparameter.
     """
     rule = RULES[group["algorithm"]]
     unknown = set(group) - COMMON - SCHEDULED - BASE_CLASS - set(rule.defaults)
-    if unknown:
+    if unknown and not foreign:
         raise ValueError(
             f"{sorted(unknown)} are no hyperparameters of {rule.name!r}; it has "
             f"{sorted(set(rule.defaults) | {'lr', 'weight_decay', 'cautious', 'maximize'})}"

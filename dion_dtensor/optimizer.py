@@ -231,7 +231,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                     )
                 kept = {key: value for key, value in own.items() if key != "params"}
                 groups.append({**kept, **group})
-                check_group(groups[-1])
+                check_group(groups[-1], foreign=True)  # users keep keys of their own in groups
             indices = [index for group in groups for index in group["params"]]
             loaded.extend(given["state"].get(index) for index in indices)
             check_states(self._members(), loaded)

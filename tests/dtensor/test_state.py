@@ -115,6 +115,18 @@ def test_load_is_all_or_nothing_and_keeps_the_users_hooks() -> None:
         one.load_state_dict(torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:]}]).state_dict())
 
 
+def test_a_users_own_keys_survive_saving_and_loading() -> None:
+    weight = nn.Parameter(torch.eye(2))
+    optimizer, fresh = Muon([("w", weight)], compile=False), Muon([("w", weight)], compile=False)
+    optimizer.param_groups[0]["lr_mult"] = 0.5
+    for one in (optimizer, fresh):
+        one.load_state_dict(optimizer.state_dict())
+        assert one.param_groups[0]["lr_mult"] == 0.5
+    plain = Muon([("w", weight)], compile=False).state_dict()
+    optimizer.load_state_dict(plain)
+    assert optimizer.param_groups[0]["lr_mult"] == 0.5
+
+
 @pytest.mark.parametrize("algorithm", RULES)
 @pytest.mark.parametrize("state_dtype", [torch.bfloat16, torch.float32, torch.float64, None])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
