@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from dion_dtensor.matrices import Columns, Experts, Flatten, Heads, Rows, Split, parse_split
 from dion_dtensor.optimizer import OrthonormalOptimizer
 from dion_dtensor.rules import RULES
+from dion_dtensor.state import WRAPPER_PREFIXES, without_wrappers
 
 __all__ = ["Audit", "AuditRow", "audit", "param_groups"]
 
@@ -24,8 +25,6 @@ NO_MATRIX = re.compile(r"(^|_)(bias|log)$")
 CONVOLUTION, IN_BY_OUT = "convolution", "stored as [in, out]"
 NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
 EXPECTED = ("embedding", "output head", "excluded", NO_STACK, BY_NAME)
-# Wrappers that put a prefix into a parameter's name without changing the model.
-WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
 
 
 def param_groups(
@@ -126,18 +125,10 @@ def _across(split: Split | None, parameter: Tensor) -> Split | None:
     return Columns(*split.sizes) if isinstance(split, Rows) else split
 
 
-def _without_wrappers(names: Sequence[str]) -> list[str]:
-    for prefix in WRAPPER_PREFIXES:
-        names = [name.replace(prefix, "") for name in names]
-    if all(name.startswith("module.") for name in names if name):  # DistributedDataParallel
-        names = [name.removeprefix("module.") for name in names]
-    return list(names)
-
-
 def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names that they have without wrappers."""
     named = dict(model.named_parameters())
-    plain = dict(zip(_without_wrappers(list(named)), named.values(), strict=True))
+    plain = dict(zip(without_wrappers(list(named)), named.values(), strict=True))
     if len(plain) != len(named):
         raise ValueError(f"without {WRAPPER_PREFIXES} two parameters of the model have the same name")
     return plain
@@ -147,7 +138,7 @@ def _by_module(model: nn.Module) -> dict[int, str]:
     """What the module of a parameter says of it; embeddings last, since a tied head is one."""
     found = {}
     modules = dict(model.named_modules())
-    names = _without_wrappers([f"{name}." if name else "" for name in modules])
+    names = without_wrappers([f"{name}." if name else "" for name in modules])
     for name, module in zip(names, modules.values(), strict=True):
         path = name.removesuffix(".")
         if isinstance(module, nn.modules.conv._ConvNd):

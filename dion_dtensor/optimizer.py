@@ -17,7 +17,7 @@ from dion_dtensor.layout import StorageLayout
 from dion_dtensor.matrices import parse_split
 from dion_dtensor.members import Member, form_of
 from dion_dtensor.rules import RULES
-from dion_dtensor.state import adopt, check_states, load_states
+from dion_dtensor.state import adopt, check_names, check_states, load_states
 
 __all__ = ["Common", "OrthonormalOptimizer"]
 
@@ -205,8 +205,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         """Load hyperparameters and state, all or nothing; the state is copied into place, in its own dtype.
 
         Raises:
-            ValueError: groups of other sizes, or the state of another algorithm, shape or rank; the message names the
-                parameter.
+            ValueError: groups of other sizes, parameters of other names (but for wrappers), or the state of another
+                algorithm, shape or rank; the message names the parameter.
         """
         loaded: list[Mapping[str, Any] | None] = []
 
@@ -216,7 +216,9 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             if sizes != [len(group["params"]) for group in self.param_groups]:
                 return given  # the base class says what differs
             groups = []
-            for own, group in zip(self.param_groups, given["param_groups"], strict=True):
+            for position, (own, group) in enumerate(
+                zip(self.param_groups, given["param_groups"], strict=True)
+            ):
                 if group.get("algorithm") != own["algorithm"]:
                     first = next(m for m in self._members() if m.parameter is own["params"][0])
                     raise ValueError(
@@ -229,8 +231,11 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                         f"{first.name} ({first.layout.describe()}) is split as {own['split']}; the loaded group as "
                         f"{group.get('split')}"
                     )
+                check_names(position, own, group)
                 kept = {key: value for key, value in own.items() if key != "params"}
-                groups.append({**kept, **group})
+                # The names stay those of here: other wrappers, or another order of torch.distributed.checkpoint's.
+                taken = {key: value for key, value in group.items() if key != "param_names"}
+                groups.append({**kept, **taken})
                 check_group(groups[-1], foreign=True)  # users keep keys of their own in groups
             indices = [index for group in groups for index in group["params"]]
             loaded.extend(given["state"].get(index) for index in indices)

@@ -13,7 +13,38 @@ from dion_dtensor.assembly import own_shard, scattered
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.members import Member
 
-__all__ = ["adopt", "check_states", "load_states"]
+__all__ = ["WRAPPER_PREFIXES", "adopt", "check_names", "check_states", "load_states", "without_wrappers"]
+
+# Wrappers that put a prefix into a parameter's name without changing the model.
+WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+
+
+def without_wrappers(names: Sequence[str]) -> list[str]:
+    """The names of one model's parameters or modules as if it was not wrapped."""
+    for prefix in WRAPPER_PREFIXES:
+        names = [name.replace(prefix, "") for name in names]
+    if all(name.startswith("module.") for name in names if name):  # DistributedDataParallel
+        names = [name.removeprefix("module.") for name in names]
+    return list(names)
+
+
+def check_names(position: int, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuse a saved group whose parameters are named otherwise; a group without names is taken in its order.
+
+    Raises:
+        ValueError: names the first parameter that differs.
+    """
+    if any(isinstance(key, str) for key in given["params"]):
+        return  # torch.distributed.checkpoint finds states by name, and leaves the names in the saved order
+    names, saved = (group.get("param_names") or () for group in (own, given))
+    plain = zip(without_wrappers(names), without_wrappers(saved), strict=False)
+    for index, (here, there) in enumerate(plain):
+        if here != there:
+            raise ValueError(
+                f"parameter {index} of group {position} is {names[index]} here and {saved[index]} in the saved state; "
+                "give the optimizer its parameters in the saved order, or, if they were renamed only, delete "
+                "'param_names' from the saved groups"
+            )
 
 
 def check_states(members: Sequence[Member], states: Sequence[Mapping[str, Any] | None]) -> None:

@@ -9,6 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_optimizer_state_dict,
+    set_optimizer_state_dict,
+)
 
 from dion_dtensor import Muon, import_state_dict
 from dion_dtensor.imports import MICROSOFT
@@ -125,6 +130,44 @@ def test_a_users_own_keys_survive_saving_and_loading() -> None:
     plain = Muon([("w", weight)], compile=False).state_dict()
     optimizer.load_state_dict(plain)
     assert optimizer.param_groups[0]["lr_mult"] == 0.5
+
+
+def two(*names: str) -> tuple[nn.Module, Muon]:
+    """A model of matrices of one size, and an optimizer that has them in this order."""
+    model = nn.ParameterDict({name.rsplit(".", 1)[-1]: nn.Parameter(torch.eye(2)) for name in sorted(names)})
+    optimizer = Muon([(name, model[name.rsplit(".", 1)[-1]]) for name in names], compile=False)
+    for name, parameter in model.items():
+        optimizer.state[parameter]["momentum"].fill_(ord(name))
+    return model, optimizer
+
+
+def test_parameters_in_another_order_are_refused() -> None:
+    saved = two("a", "b")[1].state_dict()
+    model, optimizer = two("b", "a")
+    before = optimizer.state[model["a"]]["momentum"].clone()
+    with pytest.raises(ValueError, match="parameter 0 of group 0 is b here and a in the saved state"):
+        optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[model["a"]]["momentum"], before)
+    for prefix in ("_orig_mod.", "module.", "module._orig_mod.", "_fsdp_wrapped_module."):
+        _, wrapped = two(f"{prefix}a", f"{prefix}b")
+        wrapped.load_state_dict(saved)
+        assert wrapped.param_groups[0]["param_names"] == [f"{prefix}a", f"{prefix}b"]
+    del saved["param_groups"][0]["param_names"]
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[model["b"]]["momentum"], torch.full((2, 2), float(ord("a"))))
+
+
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_distributed_checkpoint_finds_parameters_in_another_order(flat: bool) -> None:
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    saved = get_optimizer_state_dict(*two("a", "b"), options=options)
+    model, optimizer = two("b", "a")
+    for parameter in model.values():
+        optimizer.state[parameter]["momentum"].zero_()
+    set_optimizer_state_dict(model, optimizer, saved, options=options)
+    for name, parameter in model.items():
+        assert optimizer.state[parameter]["momentum"][0, 0] == ord(name)
+    assert optimizer.param_groups[0]["param_names"] == ["b", "a"]
 
 
 @pytest.mark.parametrize("algorithm", RULES)
