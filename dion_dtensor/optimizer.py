@@ -160,6 +160,14 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
     def _members(self) -> list[Member]:
         """In the order of the groups, which is that of a state dict."""
         own = {id(member.parameter): member for bucket in self.buckets for member in bucket.members}
+        for position, group in enumerate(self.param_groups):
+            for index, parameter in enumerate(group["params"]):
+                if id(parameter) not in own:
+                    raise RuntimeError(
+                        f"parameter {index} of group {position} ({group['algorithm']}), now "
+                        f"{StorageLayout.of(parameter).describe()}, is not the one that the optimizer was made with; "
+                        "make the optimizer after the model is wrapped and sharded"
+                    )
         return [own[id(parameter)] for group in self.param_groups for parameter in group["params"]]
 
     @overload
@@ -176,7 +184,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
 
         Raises:
             RuntimeError: on every rank of all meshes, before anything is written, when a gradient is missing on some
-                ranks only, is not finite, or does not lie as its parameter does (with ``validate=True``).
+                ranks only, is not finite, or does not lie as its parameter does (with ``validate=True``).  Also when a
+                group holds parameters that were not there when the optimizer was made.
         """
         loss = None
         if closure is not None:

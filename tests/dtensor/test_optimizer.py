@@ -283,6 +283,19 @@ def test_a_parameter_that_changed_under_the_optimizer_is_named() -> None:
         optimizer.step()
 
 
+def test_parameters_that_a_wrapper_replaced_are_named() -> None:
+    optimizer = Muon([nn.Parameter(torch.eye(2)), nn.Parameter(torch.eye(3))], compile=False)
+    saved = optimizer.state_dict()
+    optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.eye(3))
+    expected = (
+        r"parameter 1 of group 0 \(muon\), now \[3, 3\] float32 on one device, is not the one .*sharded"
+    )
+    with pytest.raises(RuntimeError, match=expected):
+        optimizer.step()
+    with pytest.raises(RuntimeError, match=expected):
+        optimizer.load_state_dict(saved)
+
+
 def test_buckets_are_bounded_by_their_bytes() -> None:
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(8, 4, generator=generator) for _ in range(5)]
