@@ -55,7 +55,7 @@ def param_groups(
         scalar: "adamw" or "lion".
         lr: of the matrices; None for the optimizer's.
         scalar_lr: of the rest; None for the optimizer's.
-        exclude: regular expressions, searched in the fully qualified names.
+        exclude: regular expressions, searched in the fully qualified names, in all of them where a parameter is tied.
         split: by regular expression, how a weight is cut into logical matrices: sizes of its blocks of rows
             ``(q, k, v)``, or a split or its text (see :mod:`dion_dtensor.matrices`); rows are those of the logical
             matrix, also of a ``Conv1D``.
@@ -76,19 +76,21 @@ def param_groups(
     every = _plain_names(model)
     splits = {pattern: parse_split(how) for pattern, how in (split or {}).items()}
     splits |= {pattern: Heads(count) for pattern, count in (heads or {}).items()}
+    aliases = _aliases(model)
     for argument, patterns in (("exclude", exclude), ("split", split or {}), ("heads", heads or {})):
         for pattern in patterns:
-            if not any(re.search(pattern, name) for name in every):
+            if not any(_matches(pattern, names) for names in aliases.values()):
                 raise ValueError(f"{argument} pattern {pattern!r} matches no parameter of the model")
     of_modules = _by_module(model)
     groups: dict[tuple[str, str | None], dict[str, Any]] = {}
     for name, parameter in every.items():
         if not parameter.requires_grad:
             continue
-        matching = [pattern for pattern in splits if re.search(pattern, name)]
+        names = aliases[id(parameter)]
+        matching = [pattern for pattern in splits if _matches(pattern, names)]
         if len(matching) > 1:
             raise ValueError(f"{name} is matched by {matching}; a parameter is split in one way")
-        why = "excluded" if any(re.search(pattern, name) for pattern in exclude) else None
+        why = "excluded" if any(_matches(pattern, names) for pattern in exclude) else None
         why = why or of_modules.get(id(parameter)) or (f"{parameter.ndim}-D" if parameter.ndim < 2 else None)
         cut: str | None = None
         if matching and why in (None, CONVOLUTION, IN_BY_OUT):
@@ -132,6 +134,19 @@ def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
     if len(plain) != len(named):
         raise ValueError(f"without {WRAPPER_PREFIXES} two parameters of the model have the same name")
     return plain
+
+
+def _aliases(model: nn.Module) -> dict[int, list[str]]:
+    """All names of each parameter, by its id: of tied ones ``_plain_names`` has the first only."""
+    named = list(model.named_parameters(remove_duplicate=False))
+    aliases: dict[int, list[str]] = {}
+    for name, (_, parameter) in zip(without_wrappers([name for name, _ in named]), named, strict=True):
+        aliases.setdefault(id(parameter), []).append(name)
+    return aliases
+
+
+def _matches(pattern: str, names: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for name in names)
 
 
 def _by_module(model: nn.Module) -> dict[int, str]:

@@ -34,6 +34,17 @@ def test_tied_head_follows_the_embedding() -> None:
     assert "embedding.weight" in [name for name, _ in groups[1]["params"]]
 
 
+def test_a_pattern_may_be_any_name_of_a_tied_parameter() -> None:
+    model = Small()
+    model.lm_head.weight = model.embedding.weight
+    *_, rest = param_groups(model, exclude=["lm_head"])
+    assert rest["reasons"]["embedding.weight"] == "excluded"
+    model.down.weight = nn.Parameter(torch.ones(12, 6))
+    model.up.weight = model.down.weight
+    (matrices, _) = param_groups(model, heads={r"^down\.": 2})
+    assert [(name, matrices["split"]) for name, _ in matrices["params"]] == [("up.weight", "heads(2)")]
+
+
 def test_exclude_that_matches_nothing_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'attention' matches no parameter"):
         param_groups(Small(), exclude=["attention"])
