@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
@@ -177,7 +178,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient.
+        """Update every parameter that has a gradient; autocast changes the closure alone.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -191,12 +192,15 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        adopt(self._members(), self.state)
-        for bucket, members, grads, pending in checked_gradients(self.buckets, self.validate, self.averaged):
-            bucket.step(members, grads, pending)
-        self._steps += 1
-        if self.resync_every and self._steps % self.resync_every == 0:
-            self.synchronize()
+        with _no_autocast({bucket.device.type for bucket in self.buckets}):
+            adopt(self._members(), self.state)
+            for bucket, members, grads, pending in checked_gradients(
+                self.buckets, self.validate, self.averaged
+            ):
+                bucket.step(members, grads, pending)
+            self._steps += 1
+            if self.resync_every and self._steps % self.resync_every == 0:
+                self.synchronize()
         return loss
 
     @torch.no_grad()
@@ -295,6 +299,16 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             self._add_buckets(group, position)
         members = self._members()
         load_states(members, [states[member.parameter] for member in members])
+
+
+def _no_autocast(device_types: set[str]) -> ExitStack:
+    """The products of a step in the dtype that the optimizer was asked for, also under a training loop's autocast."""
+    stack = ExitStack()
+    for device_type in sorted(device_types):
+        if torch.amp.is_autocast_available(device_type):
+            # The dtype and the cache as ever, since Dynamo guards on them too.
+            stack.enter_context(torch.autocast(device_type, torch.bfloat16, False, cache_enabled=True))
+    return stack
 
 
 def _mesh_of(replicas: DeviceMesh | ProcessGroup | None) -> DeviceMesh | None:
