@@ -93,8 +93,8 @@ def _problems(members: Sequence[Member]) -> list[str]:
         if high == MOVED:
             texts.append(
                 f"  {member.name} ({member.layout.describe()}): the parameter now is "
-                f"{StorageLayout.of(member.parameter).describe()}; make the optimizer after the model is sharded, "
-                "and carry its state over by a checkpoint"
+                f"{StorageLayout.of(member.parameter).describe()}{_elsewhere(member)}; "
+                "make the optimizer after the model is sharded, and carry its state over by a checkpoint"
             )
         elif high == SPARSE:
             texts.append(f"{where} is sparse; make it dense")
@@ -109,6 +109,12 @@ def _problems(members: Sequence[Member]) -> list[str]:
         elif low != high:
             texts.append(f"{where} is Partial on some ranks only; redistribute it")
     return texts
+
+
+def _elsewhere(member: Member) -> str:
+    """The ranks of a parameter's mesh, which :meth:`StorageLayout.describe` leaves out."""
+    own = member.parameter
+    return f" of the ranks {own.device_mesh.mesh.tolist()}" if isinstance(own, DTensor) else ""
 
 
 def _meshes(members: Sequence[Member]) -> list[DeviceMesh]:
@@ -147,6 +153,8 @@ def _layout_code(member: Member) -> int:
     hidden = len(layout.placements) - len(now.placements)
     if now.shape != layout.shape or now.dtype != layout.dtype or now.placements != layout.placements[hidden:]:
         return MOVED
+    if now.mesh is not None and not _same_ranks(now.mesh, layout, hidden):
+        return MOVED
     if grad is None:
         return MISSING
     if grad.is_sparse:
@@ -162,3 +170,13 @@ def _layout_code(member: Member) -> int:
         if grad.placements != own.placements:
             return MISLAID
     return FINE
+
+
+def _same_ranks(mesh: DeviceMesh, layout: StorageLayout, hidden: int) -> bool:
+    """Whether the axes of ``layout`` after the ``hidden`` ones are those of ``mesh``."""
+    assert layout.mesh is not None
+    if not hidden:
+        return mesh == layout.mesh
+    here = layout.mesh.get_coordinate()
+    assert here is not None
+    return torch.equal(layout.mesh.mesh[tuple(here[:hidden])], mesh.mesh)

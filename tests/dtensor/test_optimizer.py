@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
 from torch.optim import adamw as adamw_of_torch
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dion_dtensor import Dion, Muon, param_groups
 from dion_dtensor.updates import update_of
@@ -281,6 +284,22 @@ def test_a_parameter_that_changed_under_the_optimizer_is_named() -> None:
     model.up.weight.grad = None
     with pytest.raises(RuntimeError, match=r"up\.weight .*: the parameter now is \[12, 6\] float64"):
         optimizer.step()
+
+
+def test_a_parameter_that_moved_to_another_mesh_is_named() -> None:
+    torch.distributed.init_process_group("fake", rank=0, world_size=4, store=FakeStore())
+    try:
+        first, second = (
+            nn.Parameter(DTensor.from_local(torch.ones(2, 4), DeviceMesh("cpu", ranks), [Shard(0)]))
+            for ranks in ([0, 1], [0, 2])
+        )
+        optimizer = Muon([("w", first)], compile=False)
+        torch.utils.swap_tensors(first, second)
+        first.grad = torch.ones_like(first)
+        with pytest.raises(RuntimeError, match=r"w .*: the parameter now is .* of the ranks \[0, 2\]; make"):
+            optimizer.step()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_parameters_that_a_wrapper_replaced_are_named() -> None:
