@@ -43,7 +43,7 @@ class Bucket:
         group: the param group, read anew at every step.
         members: in an order that all ranks share.
         seed: of the initial normal values.
-        momentum_dtype: dtype of the state; None for that of the parameter.
+        momentum_dtype: dtype of the state; None for that of the parameter, float32 for float16.
         compute_dtype: dtype of the orthonormalization.
         compile: whether the update runs under ``torch.compile(fullgraph=True)``.
     """

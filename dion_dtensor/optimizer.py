@@ -35,7 +35,7 @@ class Common(TypedDict, total=False):
         maximize: ascend; default False.
         compute_dtype: dtype of the orthonormalization; None (default) for bfloat16 on CUDA and float32 elsewhere.
             float64 parameters are computed in float64 throughout.
-        momentum_dtype: dtype of the state; None (default) for the parameter's.
+        momentum_dtype: dtype of the state; None (default) for the parameter's, float32 for float16.
         compile: run each bucket's update under ``torch.compile(fullgraph=True)``; default True.
         validate: before each step, let all ranks agree that every gradient is present, finite and laid out like its
             parameter; default True.
