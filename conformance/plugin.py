@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from conformance.port.runner import Selection
 
 FIXTURE = "conformance_case"
-HERE = ("L0", "L1", "L2")
-"""Levels of the vectors; the others need ranks or minutes."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -105,7 +103,9 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
 
 def _elsewhere(selection: Selection) -> str:
     """What is said of levels that were asked for, and are not run here."""
-    left = [level for level in selection.levels if level not in HERE]
+    from conformance.vectors.checks import LEVELS
+
+    left = [level for level in selection.levels if level not in LEVELS]
     return f"; {', '.join(left)}: the plugin runs L0-L2, `conformance port` the others" if left else ""
 
 

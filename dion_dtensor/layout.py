@@ -36,6 +36,11 @@ def shard_dim(placement: Placement) -> int | None:
     return placement.dim if isinstance(placement, Shard | _StridedShard) else None
 
 
+def strided_axes(placements: Sequence[Placement]) -> tuple[int, ...]:
+    """The axes whose shards cut what the later axes left of their dim."""
+    return tuple(axis for axis, placement in enumerate(placements) if isinstance(placement, _StridedShard))
+
+
 def move_shard(placement: Placement, dim: int) -> Placement:
     """The same way of sharding, on another dim."""
     if isinstance(placement, _StridedShard):

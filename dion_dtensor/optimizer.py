@@ -161,6 +161,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
     def _members(self) -> list[Member]:
         """In the order of the groups, which is that of a state dict."""
         own = {id(member.parameter): member for bucket in self.buckets for member in bucket.members}
+        members = []
         for position, group in enumerate(self.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if id(parameter) not in own:
@@ -169,7 +170,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                         f"{StorageLayout.of(parameter).describe()}, is not the one that the optimizer was made with; "
                         "make the optimizer after the model is wrapped and sharded"
                     )
-        return [own[id(parameter)] for group in self.param_groups for parameter in group["params"]]
+                members.append(own[id(parameter)])
+        return members
 
     @overload
     def step(self, closure: None = None) -> None: ...

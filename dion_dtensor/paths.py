@@ -7,9 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch.distributed.tensor.placement_types import _StridedShard
 
-from dion_dtensor.layout import shard_dim
+from dion_dtensor.layout import shard_dim, strided_axes
 from dion_dtensor.members import Form
 from dion_dtensor.planning import Bucket, Choice, choose, usual_hardware
 from dion_dtensor.rules import Rule
@@ -54,7 +53,7 @@ def chosen_path(
         shards=tuple(shard_dim(placement) for placement in entry.placements),
         compute_dtype=compute_dtype,
         state_dtype=state_dtype,
-        strided=tuple(axis for axis, p in enumerate(entry.placements) if isinstance(p, _StridedShard)),
+        strided=strided_axes(entry.placements),
     )
     among: tuple[str, ...] = ALIKE[algorithm]
     if group.get("orthonormalize") == "rcqr":

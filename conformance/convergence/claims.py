@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from conformance.convergence.spread import Interval, interval, steps_to, within_seeds
+from conformance.convergence.studies import Study
 from conformance.convergence.sweep import Result
 
 SHOWN = "shown"
@@ -118,26 +119,29 @@ class Measured:
         """Names of the studies of these kinds, in the order in which they were done."""
         return list(dict.fromkeys(r.task.study.name for r in self.results if r.task.study.kind in kinds))
 
+    def _study(self, name: str) -> Study:
+        return next(r.task.study for r in self.results if r.task.study.name == name)
+
     def batch_of(self, study: str) -> int:
         """The study's batch size."""
-        return next(r.task.study.batch for r in self.results if r.task.study.name == study)
+        return self._study(study).batch
 
     def budget_of(self, study: str) -> int:
         """The step budget at which the study's rules were tuned."""
-        return next(r.task.study.steps for r in self.results if r.task.study.name == study)
+        return self._study(study).steps
 
     def workload(self, study: str) -> str:
         """Its title."""
-        return next(r.task.study.spec.title for r in self.results if r.task.study.name == study)
+        return self._study(study).spec.title
 
     def title(self, study: str) -> str:
         """Workload and batch size."""
-        one = next(r.task.study for r in self.results if r.task.study.name == study)
+        one = self._study(study)
         return f"{one.spec.title}, batch {one.batch}"
 
     def setting(self, study: str) -> str:
         """Workload, batch size and steps."""
-        one = next(r.task.study for r in self.results if r.task.study.name == study)
+        one = self._study(study)
         return f"{self.title(study)}, {one.steps} steps"
 
 

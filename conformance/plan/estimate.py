@@ -13,6 +13,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 
 from conformance.plan.counting import count, fake_mesh
 from conformance.plan.models import Model, Weight
+from dion_dtensor.layout import strided_axes
 from dion_dtensor.planning import (
     Bucket,
     Cost,
@@ -160,8 +161,7 @@ def _weight(
         return cost, cost
     placements = placements_of(weight, names, sizes)
     shards = tuple(getattr(placement, "dim", None) for placement in placements)
-    strided = tuple(axis for axis, placement in enumerate(placements) if isinstance(placement, _StridedShard))
-    bucket = Bucket(weight.shape, weight.count, tuple(sizes), shards, strided=strided)
+    bucket = Bucket(weight.shape, weight.count, tuple(sizes), shards, strided=strided_axes(placements))
     way, hyper = None, dict(one.hyper)
     if one.algorithm in ("dion", "dion2", "dion3"):
         among = ("low_rank", "assemble", "exchange")
