@@ -1,11 +1,11 @@
 """A pytest plugin: every case that a port claims is a test.
 
-In a project's own tests, with `addopts = "--port my_port.conformance:adapter"`:
+In a project's own tests, with `addopts = "--port my_port.adapter:adapter"`:
 
     def test_conformance(conformance_case):
         conformance_case()
 
-or without a line of code: `pytest --pyargs conformance.port.suite --port my_port.conformance:adapter`.
+or without a line of code: `pytest --pyargs conformance.port.suite --port my_port.adapter:adapter`.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--port-skip", type=Path, help="file of cases not to run: `pattern  # reason`")
     group.addoption("--port-xfail", type=Path, help="file of cases that have to fail, likewise")
     group.addoption("--port-timeout", type=float, default=60.0, help="seconds that a case may take")
+    group.addoption("--port-device", default="cpu", choices=("cpu", "cuda"), help="where the port computes")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -73,7 +74,7 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
         found: tuple[Selection, Any, Any] = cached
         return found
     from conformance.adapters import AdapterError
-    from conformance.port.command import claims_of, selection_of
+    from conformance.port.command import all_ids, claims_of, selection_of
     from conformance.port.runner import jobs
     from conformance.port.selection import SelectionError, check_known
     from conformance.vectors import VectorError, load
@@ -89,8 +90,8 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
             option("--port-xfail"),
         )
         vectors = load()
-        claims = claims_of(option("--port"), option("--port-timeout"))
-        check_known((*selection.skip, *selection.xfail), [case.id for case in vectors])
+        claims = claims_of(option("--port"), option("--port-timeout"), option("--port-device"))
+        check_known((*selection.skip, *selection.xfail), lambda: all_ids(claims, vectors))
         if all(
             known is not None and known.status != "skip" for _, _, known in jobs(claims, vectors, selection)
         ):
@@ -124,7 +125,8 @@ def _conformance_worker(request: pytest.FixtureRequest) -> Iterator[Any]:
     """One process for the adapter in every test process."""
     from conformance.port.worker import Worker
 
-    worker = Worker(request.config.getoption("--port"), request.config.getoption("--port-timeout"))
+    option = request.config.getoption
+    worker = Worker(option("--port"), option("--port-timeout"), option("--port-device"))
     yield worker
     worker.close()
 

@@ -126,6 +126,7 @@ class Adapter(Protocol):
         ...
 
     # optional
+    # def use_device(self, device: str): where L0 to L2 are computed from now on, "cpu" or "cuda".
     # def canonical_state(self, state) -> Arrays: the state by the oracle's keys.
     # def orthonormalize(self, matrix, hyper, compute_dtype) -> array: level L0.
     # def build(self, params, spec): a torch.optim.Optimizer over (name, parameter) pairs, plain or DTensor: L3 and L4.
@@ -168,6 +169,16 @@ def find(path: str) -> Adapter:
         raise AdapterError(f"{path!r} is no adapter: it has no {', '.join(missing)}")
     adapter: Adapter = found
     return adapter
+
+
+def use_device(adapter: Adapter, device: str, path: str) -> None:
+    """Has an adapter compute on a device. One without `use_device` (numpy's, JAX's) stays where its framework puts it.
+
+    Raises:
+        AdapterError: there is no such device.
+    """
+    if hasattr(adapter, "use_device"):
+        _tried(path, f"it cannot use the device {device!r}", lambda: adapter.use_device(device))
 
 
 def _tried(path: str, problem: str, function: Callable[[], Any]) -> Any:

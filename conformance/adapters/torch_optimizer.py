@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from conformance.adapters import Arrays, Capabilities, Spec
+from conformance.adapters import AdapterError, Arrays, Capabilities, Spec
 
 Named = Sequence[tuple[str, nn.Parameter]]
 Build = Callable[[Named, Spec], torch.optim.Optimizer]
@@ -42,14 +42,28 @@ class TorchOptimizerAdapter:
         given = {"lr": "lr", **(hyper or {})}
         self.hyper_keys = {name: (keys,) if isinstance(keys, str) else keys for name, keys in given.items()}
         self._orthonormalize = orthonormalize
+        self._device = torch.device("cpu")
 
     def capabilities(self) -> Capabilities:
         """What the port claims."""
         return self._capabilities
 
+    def use_device(self, device: str) -> None:
+        """Where L0 to L2 are computed from now on: "cpu" or "cuda".
+
+        Raises:
+            AdapterError: there is no GPU here.
+        """
+        if device == "cuda" and not torch.cuda.is_available():
+            raise AdapterError("--device cuda: torch sees no GPU here")
+        self._device = torch.device(device)
+
+    def _tensor(self, value: Any) -> Tensor:
+        return torch.from_numpy(np.array(value)).to(self._device)
+
     def init(self, spec: Spec, params: Arrays) -> Any:
         """The parameters and their optimizer, its state loaded if the case starts from one."""
-        named = [(name, nn.Parameter(torch.from_numpy(np.array(value)))) for name, value in params.items()]
+        named = [(name, nn.Parameter(self._tensor(value))) for name, value in params.items()]
         optimizer = self.build(named, spec)
         for name, parameter in named:
             if name == spec.name and "state" in self._capabilities.features:
@@ -61,7 +75,7 @@ class TorchOptimizerAdapter:
         for key, name in self.state_keys.items():
             if key not in state:
                 continue
-            given = torch.from_numpy(np.array(state[key]))
+            given = self._tensor(state[key])
             old = own.get(name)
             if isinstance(old, Tensor):
                 old.copy_(given.reshape(old.shape))
@@ -77,14 +91,23 @@ class TorchOptimizerAdapter:
             for name, keys in self.hyper_keys.items():
                 group.update({key: hyper[name] for key in keys if name in hyper and key in group})
         for name, parameter in named:
-            parameter.grad = torch.from_numpy(np.array(grads[name]))
+            parameter.grad = self._tensor(grads[name])
         optimizer.step()
         return {name: array(parameter) for name, parameter in named}, state
 
     def canonical_state(self, state: Any) -> Arrays:
-        """The state of the case's parameter by the oracle's keys."""
+        """The state of the case's parameter by the oracle's keys.
+
+        Raises:
+            KeyError: the optimizer keeps nothing under a key of `state` that this algorithm has.
+        """
         named, optimizer, spec = state
         own = optimizer.state[dict(named)[spec.name]]
+        for key, name in self.state_keys.items():
+            if key in spec.state and name not in own:
+                raise KeyError(
+                    f"state={{{key!r}: {name!r}}}, but the optimizer keeps {sorted(map(str, own))}"
+                )
         return {
             key: array(torch.as_tensor(own[name])) for key, name in self.state_keys.items() if name in own
         }
@@ -95,7 +118,7 @@ class TorchOptimizerAdapter:
         """The port's orthonormalizer on one matrix."""
         if self._orthonormalize is None:
             raise NotImplementedError("no orthonormalizer was given")
-        given = torch.from_numpy(np.array(matrix))
+        given = self._tensor(matrix)
         return array(self._orthonormalize(given, {**hyper, "compute_dtype": compute_dtype}))
 
 

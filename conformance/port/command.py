@@ -39,7 +39,7 @@ def port(
     dtype: Annotated[
         list[str] | None, typer.Option(help=f"Only this one (repeatable): {', '.join(DTYPES)}.")
     ] = None,
-    device: Annotated[str, typer.Option(help="Of the meshes: cpu or cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[
         str | None, typer.Option(help="gloo (cpu) or nccl (cuda).  [default: by device]")
     ] = None,
@@ -69,9 +69,8 @@ def port(
         selection = selection_of(level, dtype, case, skip, xfail)
         check_backend(device, backend)
         found = load(vectors) if vectors else load()
-        claims = claims_of(adapter, timeout)
-        ids = [one.id for one in found] + mesh_ids(claims, found) + gate_ids(claims, found)
-        check_known((*selection.skip, *selection.xfail), ids)
+        claims = claims_of(adapter, timeout, device)
+        check_known((*selection.skip, *selection.xfail), lambda: all_ids(claims, found))
         run = run_port(adapter, claims, found, selection, console, timeout, nproc=nproc, device=device)
     except (AdapterError, SelectionError, VectorError, OSError) as error:
         Console(stderr=True).print(
@@ -95,18 +94,17 @@ def port(
         from conformance.port.page import render
 
         output.write_whole(html, render(run, about, adapter, seconds).encode())
-    if not run.verdicts:
-        raise typer.Exit(2)
-    raise typer.Exit(0 if run.passed else 1)
+    raise typer.Exit(run.exit_status)
 
 
-def claims_of(adapter: str, timeout: float) -> Capabilities:
+def claims_of(adapter: str, timeout: float, device: str = "cpu") -> Capabilities:
     """What the port claims, asked in a process of its own: what ends or hangs there does not end this one.
 
     Raises:
-        AdapterError: it cannot be found, `capabilities` raises or gives something else, or the process ends or hangs.
+        AdapterError: it cannot be found, `capabilities` raises or gives something else, there is no such device, or the
+            process ends or hangs.
     """
-    worker = Worker(adapter, timeout)
+    worker = Worker(adapter, timeout, device)
     try:
         return worker.start(max(timeout, ASK_SECONDS))
     finally:
@@ -144,18 +142,13 @@ def check_backend(device: str, backend: str | None) -> None:
         )
 
 
-def mesh_ids(claims: Capabilities, vectors: VectorSet) -> list[str]:
-    """Ids of L3 and L4, for the files of known failures."""
+def all_ids(claims: Capabilities, vectors: VectorSet) -> list[str]:
+    """Ids of all levels, to which the files of known failures may refer."""
+    from conformance.port.convergence import gate_ids
     from conformance.port.mesh_cases import claimed_hypers, mesh_cases
 
-    return [one.id for one in mesh_cases(claimed_hypers(claims, vectors), ("L3", "L4"))]
-
-
-def gate_ids(claims: Capabilities, vectors: VectorSet) -> list[str]:
-    """Ids of L5, likewise."""
-    from conformance.port import convergence
-
-    return convergence.gate_ids(claims, vectors)
+    meshes = mesh_cases(claimed_hypers(claims, vectors), ("L3", "L4"))
+    return [one.id for one in (*vectors, *meshes)] + gate_ids(claims, vectors)
 
 
 def run_port(
@@ -179,7 +172,9 @@ def run_port(
             if verdict.seconds or verdict.errors:
                 progress.advance(task)
 
-        run = run_vectors(adapter, claims, vectors, selection, timeout=timeout, on_verdict=following)
+        run = run_vectors(
+            adapter, claims, vectors, selection, timeout=timeout, device=device, on_verdict=following
+        )
         if {"L3", "L4"} & set(selection.levels) & set(claims.levels):
             from conformance.port.meshes import run_meshes
 

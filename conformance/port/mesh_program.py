@@ -63,9 +63,15 @@ class Started:
 
 @dataclass(frozen=True)
 class Hung:
-    """A rank is about to end itself."""
+    """A rank is about to end itself.
+
+    Attributes:
+        message: where it is.
+        waits: in a collective, so for another rank.
+    """
 
     message: str
+    waits: bool
 
 
 @dataclass(frozen=True)
@@ -92,14 +98,18 @@ def program(rank: Rank, work: Work) -> None:
     """Runs the cases in order; emits Started, and Finished on rank 0. What an adapter raises ends the rank."""
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)  # DTensor tells how a redistribution could be faster
+
+    def hung(line: str, waits: bool) -> None:
+        rank.emit(Hung(line, waits))
+
     shared = [work.folder]  # joined ranks have made one each
-    with watched(work.timeout, rank.index, lambda line: rank.emit(Hung(line))):
+    with watched(work.timeout, rank.index, hung):
         dist.broadcast_object_list(shared, src=0)
     adapter = find(work.adapter) if isinstance(work.adapter, str) else work.adapter
     for index, (case, dtype) in enumerate(work.cases):
         rank.emit(Started(index))
         began = time.perf_counter()
-        with watched(work.timeout, rank.index, lambda line: rank.emit(Hung(line))):
+        with watched(work.timeout, rank.index, hung):
             values = run_case(adapter, case, dtype, rank, shared[0])
             digests: list[Any] = [None] * rank.count
             dist.all_gather_object(digests, None if values is None else _digest(values))

@@ -26,23 +26,33 @@ class Log:
     Attributes:
         started: by rank, the last case that it began.
         finished: by index.
-        hung: the line of a rank that ended itself.
+        hung: by rank that ended itself, what it said.
     """
 
     on_finished: Callable[[int, Finished], None]
     started: dict[int, int] = field(default_factory=dict)
     finished: dict[int, Finished] = field(default_factory=dict)
-    hung: str = ""
+    hung: dict[int, Hung] = field(default_factory=dict)
 
     def __call__(self, rank: int, event: object) -> None:
         """Takes an event."""
         if isinstance(event, Started):
             self.started[rank] = event.index
         elif isinstance(event, Hung):
-            self.hung = self.hung or event.message
+            self.hung[rank] = event
         elif isinstance(event, Finished):
             self.finished[event.index] = event
             self.on_finished(event.index, event)
+
+    def hang(self) -> str:
+        """Who hung and where, and who only waited for them; empty if none did."""
+        hung = {True: "", False: ""}
+        for rank in sorted(self.hung):
+            one = self.hung[rank]
+            hung[one.waits] += ("; " if hung[one.waits] else "") + one.message
+        if hung[False] and hung[True]:
+            return f"{hung[False]}; the others waited for it: {hung[True]}"
+        return hung[False] or hung[True]
 
 
 def run_meshes(
@@ -98,7 +108,7 @@ def run_meshes(
             if failure is not None:
                 blamed = log.started.get(failure.rank, max(log.started.values(), default=0))
                 blamed = blamed if blamed not in done else min(set(range(len(todo))) - done, default=blamed)
-                message = f"{failure}; {log.hung}" if log.hung else str(failure)
+                message = log.hang() or str(failure)
                 verdict = selection.judged(
                     replace(_blank(todo[blamed], ERROR, message), details=failure.details)
                 )

@@ -113,7 +113,7 @@ def meshes(
     if save is not None:
         write(save, kept)
     _write(run, about, adapter, seconds, json_file, junit, html)
-    raise typer.Exit(0 if run.passed else 1)
+    raise typer.Exit(run.exit_status)
 
 
 def _ranks(nproc: int) -> int:

@@ -91,8 +91,15 @@ class Run:
 
     @property
     def passed(self) -> bool:
-        """True when something passed and nothing is bad."""
-        return self.count(PASS) > 0 and self.count(*BAD) == 0
+        """True when something passed or is acceptable, and nothing is bad."""
+        return self.count(PASS, ACCEPTABLE) > 0 and self.count(*BAD) == 0
+
+    @property
+    def exit_status(self) -> int:
+        """0: passed; 1: not; 2: nothing was run."""
+        if self.count(SKIP, UNCLAIMED) == len(self.verdicts):
+            return 2
+        return 0 if self.passed else 1
 
 
 def jobs(
@@ -124,6 +131,7 @@ def run_vectors(
     selection: Selection,
     *,
     timeout: float = 60.0,
+    device: str = "cpu",
     on_verdict: Callable[[Verdict], None] = lambda _: None,
 ) -> Run:
     """L0 to L2 of a port.
@@ -134,10 +142,11 @@ def run_vectors(
         vectors: the cases.
         selection: which of them.
         timeout: seconds a case, when it has its own process.
+        device: "cpu" or "cuda", likewise, for adapters that can be told.
         on_verdict: called with each.
     """
     run = Run(port)
-    worker = Worker(adapter, timeout) if isinstance(adapter, str) else None
+    worker = Worker(adapter, timeout, device) if isinstance(adapter, str) else None
     try:
         for case, dtype, known in jobs(port, vectors, selection):
             verdict = known

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -67,14 +67,15 @@ def read_known(path: Path | None) -> tuple[Known, ...]:
     return tuple(found)
 
 
-def check_known(known: Iterable[Known], ids: Sequence[str]) -> None:
-    """Refuses entries that match no case at all.
+def check_known(known: Sequence[Known], ids: Callable[[], Sequence[str]]) -> None:
+    """Refuses entries that match no case at all; `ids` is asked only if there are entries.
 
     Raises:
         SelectionError: names the line.
     """
+    all_ids = ids() if known else ()
     for one in known:
-        if not any(matches(case, dtype, one.pattern) for case in ids for dtype in DTYPES):
+        if not any(matches(case, dtype, one.pattern) for case in all_ids for dtype in DTYPES):
             raise SelectionError(f"{one.where}: {one.pattern!r} matches no case; remove it or correct it")
 
 

@@ -5,33 +5,39 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 HANG_EXIT = 3
+OTHERS_SECONDS = 2.0
+"""Between a rank's words and its end, for the ranks that wait for it to say so: ended, they could not."""
+COLLECTIVES = ("torch.distributed", "torch._C", "torch.ops")
 
 
 @contextmanager
-def watched(seconds: float, rank: int, report: Callable[[str], None]) -> Iterator[None]:
+def watched(seconds: float, rank: int, report: Callable[[str, bool], None]) -> Iterator[None]:
     """Ends this process if the block takes longer, after `report` was told in what it hung.
 
     Args:
         seconds: the limit.
         rank: for the message.
-        report: called with one line; the whole stack goes to standard error.
+        report: called with one line, and whether it waits for other ranks; the whole stack goes to standard error.
     """
     main = threading.get_ident()
 
     def end() -> None:
         frame = sys._current_frames().get(main)
-        line = f"rank {rank} hung for {seconds:g} s {where(frame)}"
+        place, waits = where(frame)
+        line = f"rank {rank} hung for {seconds:g} s {place}"
         try:
             print(line, file=sys.stderr)
             traceback.print_stack(frame, limit=30)
             sys.stderr.flush()
-            report(line)
+            report(line, waits)
+            time.sleep(OTHERS_SECONDS)
         finally:
             os._exit(HANG_EXIT)
 
@@ -44,19 +50,28 @@ def watched(seconds: float, rank: int, report: Callable[[str], None]) -> Iterato
         timer.cancel()
 
 
-def where(frame: FrameType | None) -> str:
-    """In words: the innermost call into torch.distributed, and the parameters that the innermost bucket has."""
-    collective = bucket = ""
-    innermost = ""
+def where(frame: FrameType | None) -> tuple[str, bool]:
+    """In words: the innermost call into torch.distributed, and the parameters that it is for; whether there is one."""
+    collective = parameters = innermost = ""
+    entered = False
     while frame is not None:
         module, name = str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
         innermost = innermost or f"{module}.{name}"
-        if module.startswith(("torch.distributed", "torch._C", "torch.ops")) and not name.startswith("_"):
-            collective = collective or name
-        members = getattr(frame.f_locals.get("self"), "members", None)
-        if not bucket and isinstance(members, list) and members and hasattr(members[0], "name"):
-            names = [str(member.name) for member in members]
-            bucket = f"{names[0]} and {len(names) - 1} more" if len(names) > 1 else names[0]
+        # Of its frames the one that was called, which says more than the wait in which it ends.
+        if not entered and module.startswith(COLLECTIVES) and not name.startswith("_") and name != "wrapper":
+            collective = name
+        entered = entered or (bool(collective) and not module.startswith("torch."))
+        parameters = parameters or _parameters(frame)
         frame = frame.f_back
     place = f"in the collective {collective!r} ({innermost})" if collective else f"in {innermost}"
-    return f"{place}, bucket of {bucket}" if bucket else place
+    return (f"{place}, {parameters}" if parameters else place), bool(collective)
+
+
+def _parameters(frame: FrameType) -> str:
+    """The bucket whose method it is, or the parameters that its function was given."""
+    own = getattr(frame.f_locals.get("self"), "members", None)
+    for members, kind in ((own, "bucket"), (frame.f_locals.get("members"), frame.f_code.co_name)):
+        if isinstance(members, list) and members and hasattr(members[0], "name"):
+            more = f" and {len(members) - 1} more" if len(members) > 1 else ""
+            return f"{kind} of {members[0].name}{more}"
+    return ""

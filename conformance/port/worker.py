@@ -9,9 +9,10 @@ import socket
 import subprocess
 import sys
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
-from conformance.adapters import AdapterError, Capabilities, checked_claims, find
+from conformance.adapters import AdapterError, Capabilities, checked_claims, find, use_device
 from conformance.port.execute import Outcome, execute
 from conformance.vectors import Case
 
@@ -24,10 +25,11 @@ class Worker:
     Args:
         adapter: "package.module:object" or a registered name.
         timeout: seconds that a case may take.
+        device: "cpu" or "cuda", for adapters that can be told.
     """
 
-    def __init__(self, adapter: str, timeout: float) -> None:
-        self.adapter, self.timeout = adapter, timeout
+    def __init__(self, adapter: str, timeout: float, device: str = "cpu") -> None:
+        self.adapter, self.timeout, self.device = adapter, timeout, device
         self._process: subprocess.Popen[bytes] | None = None
         self._channel: Connection | None = None
 
@@ -57,11 +59,12 @@ class Worker:
         Raises:
             AdapterError: it cannot be found or asked, ends the process, or takes longer.
         """
+        _check_folder()
         ours, theirs = socket.socketpair()
         code = "from conformance.port.worker import serve; serve()"
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         environment.setdefault("OMP_NUM_THREADS", "1")
-        command = [sys.executable, "-c", code, str(theirs.fileno()), self.adapter]
+        command = [sys.executable, "-c", code, str(theirs.fileno()), self.adapter, self.device]
         printed = sys.stderr.fileno() if _real(sys.stderr) else None  # what the adapter prints is no result
         self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()], env=environment, stdout=printed)
         theirs.close()
@@ -101,6 +104,19 @@ class Worker:
         self._process = self._channel = None
 
 
+def _check_folder() -> None:
+    """Refuses a file of the user's that the process would import for this package.
+
+    Raises:
+        AdapterError: names it.
+    """
+    for found in (Path("conformance.py"), Path("conformance", "__init__.py")):
+        if found.exists() and not found.resolve().is_relative_to(Path(__file__).parents[1]):
+            raise AdapterError(
+                f"{found.resolve()} hides the package 'conformance' from this folder; rename it"
+            )
+
+
 def _real(stream: Any) -> bool:
     try:
         return bool(stream.fileno() >= 0)
@@ -109,10 +125,11 @@ def _real(stream: Any) -> bool:
 
 
 def serve() -> None:
-    """Body of the process: `argv` holds a file descriptor and the adapter's path."""
+    """Body of the process: `argv` holds a file descriptor, the adapter's path and the device."""
     channel = Connection(int(sys.argv[1]))
     try:
         adapter = find(sys.argv[2])
+        use_device(adapter, sys.argv[3], sys.argv[2])
         said: Capabilities | AdapterError = checked_claims(adapter, sys.argv[2])
     except AdapterError as error:
         said = error

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from conformance.adapters import Arrays, Capabilities, Spec
+from conformance.adapters import Arrays, Capabilities, Spec, ours
 from conformance.adapters.oracle import OracleAdapter
 from conformance.mutants.gathering import Gathering, GatheringAdapter
 
@@ -110,6 +110,27 @@ class _Hanging(_Counting):
         time.sleep(3600)
 
 
+class HangsBeforeOurStep:
+    """`dion_dtensor`, and rank two of four does not come to its second step."""
+
+    def __init__(self) -> None:
+        self.capabilities, self.state_keys = ours.adapter.capabilities, ours.adapter.state_keys
+        self.init, self.step = ours.adapter.init, ours.adapter.step
+
+    def build(self, params: Any, spec: Spec) -> Any:
+        import torch.distributed as dist
+
+        optimizer = ours.build(params, spec)
+        steps = iter(range(9))
+
+        def before(*_: Any) -> None:
+            if dist.get_world_size() == 4 and dist.get_rank() == 2 and next(steps) == 1:
+                time.sleep(3600)
+
+        optimizer.register_step_pre_hook(before)
+        return optimizer
+
+
 perfect = OracleAdapter()
 idle = Idle()
 mislabelled = Mislabelled()
@@ -124,6 +145,7 @@ wrong_name = Broken("wrong name")
 no_array = Broken("no array")
 raises_on_ranks = RaisesOnRanks()
 hangs_on_ranks = HangsOnRanks()
+hangs_before_our_step = HangsBeforeOurStep()
 no_adapter = object()
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from torch.distributed import DistNetworkError
 from typer.testing import CliRunner
 
@@ -59,7 +60,7 @@ def test_a_pass_says_what_was_not_claimed() -> None:
     done = CliRunner().invoke(
         app, ["port", "tests.port.ports:mislabelled", "--level", "L0-L1", "--case", "*/dion/8x8*"]
     )
-    assert done.exit_code == 1  # nothing was claimed, so nothing passed
+    assert done.exit_code == 2  # nothing was claimed, so nothing was run
     assert "not claimed: " in done.output
     assert "dialect dion of muon" in done.output
 
@@ -120,8 +121,37 @@ def test_cases_that_match_nothing_are_no_pass() -> None:
     assert done.exit_code == 2
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_device_that_is_not_there() -> None:
+    done = CliRunner().invoke(app, ["port", "conformance.adapters.torch_muon:adapter", "--device", "cuda"])
+    assert done.exit_code == 2
+    assert "torch sees no GPU here" in done.stderr
+
+
+def test_what_is_acceptable_alone_is_a_pass() -> None:
+    only = ["--level", "L1", "--case", "L1/muon/torch/8x8-nan", "--dtype", "bfloat16"]
+    done = CliRunner().invoke(app, ["port", "conformance.adapters.torch_muon:adapter", *only])
+    assert done.exit_code == 0, done.output
+    assert "1 acceptable" in done.output
+
+
+def test_meshes_that_match_nothing_are_no_pass() -> None:
+    done = CliRunner().invoke(app, ["meshes", "--case", "no/such/case"])
+    assert done.exit_code == 2
+
+
+def test_a_file_that_hides_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "conformance.py").write_text("adapter = None\n")
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(app, ["port", "conformance:adapter"])
+    assert done.exit_code == 2
+    assert f"{tmp_path / 'conformance.py'} hides the package 'conformance'" in done.stderr
+
+
 def test_the_plugin_runs_the_same_selection_in_parallel(tmp_path: Path) -> None:
-    (tmp_path / "xfail").write_text("*7x1-warm*  # broken there\n")
+    (tmp_path / "xfail").write_text(
+        "*7x1-warm*  # broken there\nL4/muon/dion/2-S0  # of the command\nL5/muon/*  # likewise\n"
+    )
     (tmp_path / "skip").write_text("*1x7-warm*  # not today\n")
     (tmp_path / "test_it.py").write_text("def test_conformance(conformance_case):\n    conformance_case()\n")
     arguments = ["--port", "tests.port.ports:nan", "--port-level", "L1", "--port-dtype", "float64"]

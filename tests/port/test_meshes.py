@@ -12,8 +12,8 @@ from conformance.adapters import find
 from conformance.launch import RankFailedError
 from conformance.port.grading import ERROR, PASS, SKIP, UNCLAIMED, Verdict
 from conformance.port.mesh_cases import LAYOUTS, RESHARDINGS, claimed_hypers, mesh_cases
-from conformance.port.mesh_program import Started
-from conformance.port.meshes import run_meshes
+from conformance.port.mesh_program import Hung, Started
+from conformance.port.meshes import Log, run_meshes
 from conformance.port.runner import Selection
 from conformance.vectors import load
 
@@ -77,13 +77,34 @@ def test_a_rank_that_raises_is_named_and_the_run_goes_on() -> None:
     assert found["L4/muon/dion/2-S0"].status == found["L4/muon/dion/2-S1"].status == PASS
 
 
-def test_a_collective_that_hangs_ends_in_time_with_rank_and_collective() -> None:
+def test_a_hang_ends_in_time_with_the_rank_and_what_the_others_wait_in() -> None:
     found = run("tests.port.ports:hangs_on_ranks", "L4/muon/*/4-S0", "L4/muon/*/2-S0", timeout=12.0)
     hung = found["L4/muon/dion/4-S0"]
     assert hung.status == ERROR
-    assert "hung for 12 s" in hung.message
-    assert "collective" in hung.message or "misbehave" in hung.message
+    culprit, _, waiting = hung.message.partition("; the others waited for it: ")
+    assert culprit.startswith("rank 2 hung for 12 s in tests.port.ports.misbehave")
+    assert [f"rank {rank} hung" in waiting for rank in range(4)] == [True, True, False, True]
+    assert waiting.count("in the collective 'full_tensor'") == 3
     assert found["L4/muon/dion/2-S0"].status == PASS
+
+
+def test_a_hang_of_our_own_step_names_the_parameters() -> None:
+    found = run("tests.port.ports:hangs_before_our_step", "L4/muon/*/4-S0", timeout=12.0)
+    culprit, _, waiting = found["L4/muon/dion/4-S0"].message.partition("; the others waited for it: ")
+    assert culprit.startswith("rank 2 hung for 12 s in tests.port.ports.before")
+    assert waiting.count("in the collective ") == 3
+    assert waiting.count("_problems of blocks_0_weight and 8 more") == 3
+
+
+def test_a_desynchronized_collective_names_what_each_rank_waits_in() -> None:
+    log = Log(lambda *_: None)
+    log(1, Hung("rank 1 hung for 9 s in the collective 'all_gather'", True))
+    log(0, Hung("rank 0 hung for 9 s in the collective 'all_reduce'", True))
+    both = (
+        "rank 0 hung for 9 s in the collective 'all_reduce'",
+        "rank 1 hung for 9 s in the collective 'all_gather'",
+    )
+    assert log.hang() == "; ".join(both)
 
 
 def test_what_joined_ranks_could_not_run_is_in_the_report_and_fails(monkeypatch: pytest.MonkeyPatch) -> None:

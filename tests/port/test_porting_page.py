@@ -43,7 +43,7 @@ def run_port(folder: Path, muon: str) -> str:
     package.mkdir()
     (package / "__init__.py").write_text(muon)
     (package / "conformance.py").write_text(blocks[0])
-    command = re.search(r"^conformance port my_port.conformance:adapter$", PAGE, re.MULTILINE)
+    command = re.search(r"^conformance port my_port.adapter:adapter$", PAGE, re.MULTILINE)
     assert command
     done = subprocess.run(
         [sys.executable, "-m", "conformance.cli", *command[0].split()[1:]],

@@ -1,0 +1,70 @@
+"""The adapter of torch optimizers: state keys that are wrong, and the device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from conformance.adapters import AdapterError, Capabilities, Spec, use_device
+from conformance.adapters.torch_optimizer import TorchOptimizerAdapter
+from conformance.port.grading import ERROR
+from conformance.port.runner import Selection, run_vectors
+from conformance.vectors import load
+
+HYPER = {"lr": 0.1, "weight_decay": 0.0}
+SPEC = Spec(
+    "w", (2, 3), "float32", "float32", "muon", "torch", None, HYPER, {}, {"momentum": np.zeros((2, 3))}
+)
+
+
+def _plain_muon(params: Any, spec: Spec) -> torch.optim.Optimizer:
+    hyper = spec.hyper
+    return torch.optim.Muon([p for _, p in params], lr=hyper["lr"], weight_decay=hyper["weight_decay"])
+
+
+def test_a_state_key_that_the_optimizer_does_not_have_is_an_error() -> None:
+    claims = Capabilities("plain", {"muon": ("torch",)}, dtypes=("bfloat16",))
+    adapter = TorchOptimizerAdapter(claims, _plain_muon, state={"momentum": "momentum_bufer", "Q": "no"})
+    run = run_vectors(adapter, claims, load(), Selection(("L1",), (), ("L1/muon/torch/13x10-zero",)))
+    (verdict,) = run.verdicts
+    assert verdict.status == ERROR
+    assert (
+        "state={'momentum': 'momentum_bufer'}, but the optimizer keeps ['momentum_buffer']" in verdict.message
+    )
+
+
+def test_everything_that_a_port_is_given_lies_on_the_device() -> None:
+    seen: list[str] = []
+
+    def build(params: Any, spec: Spec) -> torch.optim.Optimizer:
+        seen.extend(p.device.type for _, p in params)
+        return _plain_muon(params, spec)
+
+    def orthonormalize(matrix: torch.Tensor, _: Any) -> torch.Tensor:
+        seen.append(matrix.device.type)
+        return torch.zeros(matrix.shape)
+
+    claims = Capabilities("plain", {"muon": ("torch",)}, features=("state",))
+    adapter = TorchOptimizerAdapter(
+        claims, build, state={"momentum": "momentum_buffer"}, orthonormalize=orthonormalize
+    )
+    adapter.use_device("meta")  # any but the CPU
+    named, optimizer, _ = adapter.init(SPEC, {SPEC.name: np.zeros((2, 3))})
+    assert optimizer.state[named[0][1]]["momentum_buffer"].device.type == "meta"
+    adapter.orthonormalize(np.zeros((2, 3)), {}, "float32")
+    assert seen == ["meta", "meta"]
+    with pytest.raises(NotImplementedError, match="meta"):  # reached with gradients there, read from there
+        adapter.step({}, {SPEC.name: np.zeros((2, 3))}, (named, optimizer, SPEC), {})
+    assert named[0][1].grad.device.type == "meta"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_that_is_not_there() -> None:
+    adapter = TorchOptimizerAdapter(Capabilities("plain", {}), _plain_muon)
+    with pytest.raises(
+        AdapterError, match=r"'my:adapter': it cannot use the device 'cuda'.*torch sees no GPU here"
+    ):
+        use_device(adapter, "cuda", "my:adapter")
