@@ -27,7 +27,8 @@ DTYPES = ("float64", "float32", "bfloat16")
 ALGORITHMS = ("muon", "normuon", "dion", "orth_dion", "dion2", "dion3", "adamw", "lion", "orthonormalize")
 """The oracle's, and the orthonormalizer of L0."""
 FEATURES = (
-    *("state", "cautious", "schedule:lr", "schedule:mu", "gradients:Partial"),
+    *("state", "cautious", "schedule:lr", "schedule:mu"),
+    *("gradients:Partial", "shards:two-dims", "shards:one-dim"),
     *("split:Rows", "split:Heads", "split:InterleavedRows", "split:Experts", "split:Flatten"),
 )
 """What a port may claim beyond algorithms, levels and dtypes."""
@@ -74,7 +75,8 @@ class Capabilities:
         dtypes: compute dtypes of DTYPES.
         features: beyond these: "state" (starts from a given state), "cautious", "split:Rows", "split:Heads",
             "split:InterleavedRows", "split:Experts", "split:Flatten", "schedule:lr", "schedule:mu",
-            "gradients:Partial" (on a mesh, gradients that are averages still to be taken).
+            on a mesh "gradients:Partial" (averages still to be taken), "shards:two-dims" (FSDP2 x TP on two dims of a
+            matrix) and "shards:one-dim" (both on one).
         states: keys that `canonical_state` returns and that are to be graded; "*" stands for all.
         distribution: name of the installed package, for its version.
     """

@@ -15,7 +15,7 @@ from torch import Tensor
 import dion_dtensor
 from conformance.adapters import DTYPES, LEVELS, Arrays, Capabilities, Spec
 from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter, array
-from conformance.port.mesh_cases import PARTIAL
+from conformance.port.mesh_cases import MESH_FEATURES
 from dion_dtensor import matrices
 from dion_dtensor.matrices import Split
 from dion_dtensor.orthonormalize import newton_schulz
@@ -162,7 +162,7 @@ adapter = SplitAdapter(
             "cautious",
             "schedule:lr",
             "schedule:mu",
-            PARTIAL,
+            *MESH_FEATURES,
             *(f"split:{kind}" for kind in ("Rows", "Heads", "InterleavedRows", "Experts", "Flatten")),
         ),
         distribution="dion-conformance",

@@ -19,7 +19,7 @@ from conformance.adapters import Capabilities, Spec
 from conformance.adapters.oracle import make_hyper
 from conformance.adapters.torch_optimizer import Named
 from conformance.certify.mutants import replaced
-from conformance.port.mesh_cases import PARTIAL
+from conformance.port.mesh_cases import MESH_FEATURES
 from dion_ref import ALGORITHMS, linalg, normuon, update
 
 WHOLE = ("momentum", "exp_avg", "exp_avg_sq")
@@ -369,7 +369,7 @@ class GatheringAdapter:
     def capabilities(self) -> Capabilities:
         """All algorithms, in float64, on meshes."""
         every = dict.fromkeys(ALGORITHMS, ("dion",))
-        return Capabilities("gathering", every, ("L3", "L4"), ("float64",), (PARTIAL,))
+        return Capabilities("gathering", every, ("L3", "L4"), ("float64",), MESH_FEATURES)
 
     def build(self, params: Named, spec: Spec) -> torch.optim.Optimizer:
         """The optimizer."""

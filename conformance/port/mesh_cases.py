@@ -22,6 +22,9 @@ SHAPES: tuple[tuple[int, int], ...] = (
 )
 """Uneven on every axis, both orientations, fewer rows than ranks, more and fewer matrices than ranks."""
 PARTIAL = "gradients:Partial"
+TWO_DIMS, ONE_DIM = "shards:two-dims", "shards:one-dim"
+"""FSDP2 x TP on two dims of a matrix, and both on one: few ports take either."""
+MESH_FEATURES = (PARTIAL, TWO_DIMS, ONE_DIM)
 STEPS = 3
 RESUME_AFTER = 2
 
@@ -47,7 +50,9 @@ class Layout:
     @property
     def requires(self) -> tuple[str, ...]:
         """Features that a port has to claim for it."""
-        return (PARTIAL,) if "P" in self.codes else ()
+        dims = [code[1] for code, size in zip(self.codes, self.mesh, strict=True) if code[0] in "ST" and size > 1]
+        shards = ((TWO_DIMS,) if len(set(dims)) > 1 else (ONE_DIM,)) if len(dims) > 1 else ()
+        return ((PARTIAL,) if "P" in self.codes else ()) + shards
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -110,6 +115,11 @@ class MeshCase:
     def ranks(self) -> int:
         """Ranks that it needs."""
         return max(self.layout.ranks, self.resume.ranks if self.resume else 1)
+
+    @property
+    def requires(self) -> tuple[str, ...]:
+        """Features that a port has to claim for it."""
+        return tuple(dict.fromkeys(self.layout.requires + (self.resume.requires if self.resume else ())))
 
 
 def mesh_cases(

@@ -169,8 +169,8 @@ def _known(
             UNCLAIMED,
             f"level {case.level}" if case.level not in port.levels else f"dtype {dtype}",
         )
-    if missing := [one for one in case.layout.requires if one not in port.features]:
-        return _blank((case, dtype), UNCLAIMED, f"feature {missing[0]}")
+    if missing := [one for one in case.requires if one not in port.features]:
+        return _blank((case, dtype), UNCLAIMED, f"feature {', '.join(missing)}")
     if (why := reason(selection.skip, case.id, dtype)) is not None:
         return _blank((case, dtype), SKIP, why)
     if case.ranks > ranks:

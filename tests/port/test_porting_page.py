@@ -42,7 +42,7 @@ def run_port(folder: Path, muon: str) -> str:
     package = folder / "my_port"
     package.mkdir()
     (package / "__init__.py").write_text(muon)
-    (package / "conformance.py").write_text(blocks[0])
+    (package / "adapter.py").write_text(blocks[0])
     command = re.search(r"^conformance port my_port.adapter:adapter$", PAGE, re.MULTILINE)
     assert command
     done = subprocess.run(
