@@ -36,7 +36,10 @@ def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
         options |= {"mu": hyper["mu"], "rank_fraction": hyper["rank_fraction"], "qr_method": "rcqr"}
         options["rank_multiple_of"] = hyper["rank_multiple"]
     else:
-        options |= _mesh(parameters[0]) | {"adjust_lr": SCALES[hyper["scale"]], "flatten": len(spec.shape) > 3}
+        options |= _mesh(parameters[0]) | {
+            "adjust_lr": SCALES[hyper["scale"]],
+            "flatten": len(spec.shape) > 3,
+        }
         options["use_polar_express"] = hyper.get("polynomial_name") == "polar_express"
         options["ef_decay" if algorithm == "dion2" else "mu"] = hyper["mu"]
         if algorithm in ("dion2", "dion3"):

@@ -21,6 +21,9 @@ SHAPES: tuple[tuple[int, int], ...] = (
     (8, 16),
 )
 """Uneven on every axis, both orientations, fewer rows than ranks, more and fewer matrices than ranks."""
+EVERY = tuple(range(len(SHAPES)))
+COMPILED = (0, 1, 2, 3, 5, 7)
+"""Of SHAPES those of compiled runs, whose time is that of compiling: one graph for each shape on each layout."""
 PARTIAL = "gradients:Partial"
 TWO_DIMS, ONE_DIM = "shards:two-dims", "shards:one-dim"
 """FSDP2 x TP on two dims of a matrix, and both on one: few ports take either."""
@@ -50,7 +53,9 @@ class Layout:
     @property
     def requires(self) -> tuple[str, ...]:
         """Features that a port has to claim for it."""
-        dims = [code[1] for code, size in zip(self.codes, self.mesh, strict=True) if code[0] in "ST" and size > 1]
+        dims = [
+            code[1] for code, size in zip(self.codes, self.mesh, strict=True) if code[0] in "ST" and size > 1
+        ]
         shards = ((TWO_DIMS,) if len(set(dims)) > 1 else (ONE_DIM,)) if len(dims) > 1 else ()
         return ((PARTIAL,) if "P" in self.codes else ()) + shards
 
@@ -96,6 +101,7 @@ class MeshCase:
     Attributes:
         id: "L4/muon/dion/2x2-S0S1".
         hyper: all hyperparameters, as in the vectors.
+        shapes: which of SHAPES the parameters have.
     """
 
     level: str
@@ -104,6 +110,7 @@ class MeshCase:
     layout: Layout
     hyper: Mapping[str, Any]
     resume: Layout | None = None
+    shapes: tuple[int, ...] = EVERY
 
     @property
     def id(self) -> str:
@@ -123,16 +130,18 @@ class MeshCase:
 
 
 def mesh_cases(
-    hypers: Mapping[tuple[str, str], Mapping[str, Any]], levels: Sequence[str]
+    hypers: Mapping[tuple[str, str], Mapping[str, Any]],
+    levels: Sequence[str],
+    shapes: tuple[int, ...] = EVERY,
 ) -> Iterator[MeshCase]:
     """Every case of L3 and L4 for each (algorithm, dialect); `hypers` has their hyperparameters."""
     for (algorithm, dialect), hyper in hypers.items():
         if "L3" in levels:
             for before, after in RESHARDINGS:
-                yield MeshCase("L3", algorithm, dialect, before, hyper, after)
+                yield MeshCase("L3", algorithm, dialect, before, hyper, after, shapes)
         if "L4" in levels:
             for one in LAYOUTS:
-                yield MeshCase("L4", algorithm, dialect, one, hyper)
+                yield MeshCase("L4", algorithm, dialect, one, hyper, None, shapes)
 
 
 def main_dialect(port: Capabilities, algorithm: str, known: Sequence[str]) -> str | None:

@@ -125,7 +125,7 @@ def program(rank: Rank, work: Work) -> None:
 
 def run_case(adapter: Any, case: MeshCase, dtype: str, rank: Rank, folder: str) -> Values | None:
     """Whole weights' updates and states after the last step; None on ranks outside of the mesh."""
-    problems = _problems(case, dtype)
+    problems = _problems(case)
     meshes = [build_mesh(one, rank.device.type) for one in (case.layout, case.resume) if one is not None]
     groups = [_group_of(mesh, one) for mesh, one in zip(meshes, (case.layout, case.resume), strict=False)]
     spec = _spec(case, dtype)
@@ -288,8 +288,9 @@ def _spec(case: MeshCase, dtype: str) -> Spec:
     return Spec(_name(0), (), storage, dtype, case.algorithm, case.dialect, None, case.hyper, {}, {})
 
 
-def _problems(case: MeshCase, dtype: str) -> dict[str, _Problem]:
-    return _cached_problems(case.algorithm, case.dialect, make_hyper(case.algorithm, case.hyper))
+def _problems(case: MeshCase) -> dict[str, _Problem]:
+    every = _cached_problems(case.algorithm, case.dialect, make_hyper(case.algorithm, case.hyper))
+    return {_name(index): every[_name(index)] for index in case.shapes}
 
 
 @functools.cache

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from conformance import launch
 from conformance.adapters import Adapter, Capabilities
 from conformance.port.grading import ERROR, FAIL, PASS, SKIP, UNCLAIMED, UNDECIDED, Verdict
-from conformance.port.mesh_cases import MeshCase, claimed_hypers, mesh_cases
+from conformance.port.mesh_cases import EVERY, MeshCase, claimed_hypers, mesh_cases
 from conformance.port.mesh_program import Finished, Hung, Started, Work, checkpoint_folder, program
 from conformance.port.runner import Selection
 from conformance.port.selection import reason
@@ -64,6 +64,7 @@ def run_meshes(
     ranks: int,
     device: str = "cpu",
     timeout: float = 60.0,
+    shapes: tuple[int, ...] = EVERY,
     on_verdict: Callable[[Verdict], None] = lambda _: None,
     keep: Callable[[Job, Finished], None] = lambda _, __: None,
 ) -> list[Verdict]:
@@ -77,12 +78,13 @@ def run_meshes(
         ranks: local processes (those of another launcher are taken).
         device: "cpu" (gloo) or "cuda" (NCCL).
         timeout: seconds a case, and a collective.
+        shapes: which of `mesh_cases.SHAPES`.
         on_verdict: called with each, as soon as it is known.
         keep: called with each job and its results, to compare backends.
     """
     verdicts: list[Verdict] = []
     todo: list[Job] = []
-    for case in mesh_cases(claimed_hypers(port, vectors), selection.levels):
+    for case in mesh_cases(claimed_hypers(port, vectors), selection.levels, shapes):
         for dtype in selection.dtypes or port.dtypes:
             if not selection.wants(case.id, case.level, dtype):
                 continue

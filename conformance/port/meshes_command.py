@@ -40,7 +40,9 @@ def meshes(
     nproc: Annotated[
         int, typer.Option(min=1, help="Local ranks; those of torchrun or Slurm are taken.")
     ] = RANKS,
-    compiled: Annotated[bool, typer.Option("--compile", help="Compile dion_dtensor's steps.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Compile dion_dtensor's steps; on fewer shapes.")
+    ] = False,
     timeout: Annotated[float, typer.Option(help="Seconds that a case may take.")] = SECONDS,
     save: Annotated[
         Path | None, typer.Option(help="Write all results, to be compared with --against.")
@@ -59,6 +61,7 @@ def meshes(
     # Imported here: `--help` need not wait for DTensor.
     from conformance.port.command import claims_of, selection_of
     from conformance.port.compare import Kept, compare, read, write
+    from conformance.port.mesh_cases import COMPILED, EVERY
     from conformance.port.meshes import run_meshes
     from conformance.port.targets import check_targets
     from conformance.vectors import VectorError, load
@@ -91,7 +94,7 @@ def meshes(
         run = Run(claims, command="meshes", options=options)
         run.verdicts = run_meshes(
             adapter, claims, vectors, selection, ranks=_ranks(nproc), device=device, timeout=timeout,
-            on_verdict=line, keep=kept,
+            shapes=COMPILED if compiled else EVERY, on_verdict=line, keep=kept,
         )  # fmt: skip
     except (AdapterError, SelectionError, VectorError, OSError, ValueError) as error:
         Console(stderr=True).print(
