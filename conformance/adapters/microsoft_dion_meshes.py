@@ -10,7 +10,7 @@ from conformance.adapters.torch_optimizer import TorchOptimizerAdapter
 adapter = TorchOptimizerAdapter(
     replace(
         CAPABILITIES,
-        algorithms={name: ("dion",) for name in ("muon", "normuon", "dion2", "dion3")},
+        algorithms=dict.fromkeys(("muon", "normuon", "dion2", "dion3"), ("dion",)),
         levels=("L3", "L4"),
     ),
     build,
