@@ -31,10 +31,5 @@ app.add_typer(vectors, name="vectors")
 app.add_typer(converge, name="converge")
 
 
-def main() -> None:
-    """Entry point of the console script."""
-    app()
-
-
 if __name__ == "__main__":
-    main()
+    app()

@@ -73,7 +73,7 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
     if cached is not None:
         found: tuple[Selection, Any, Any] = cached
         return found
-    from conformance.adapters import AdapterError
+    from conformance.adapters import AdapterError, check_dialects
     from conformance.port.command import all_ids, claims_of, selection_of
     from conformance.port.runner import jobs
     from conformance.port.selection import SelectionError, check_known
@@ -91,6 +91,7 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
         )
         vectors = load()
         claims = claims_of(option("--port"), option("--port-timeout"), option("--port-device"))
+        check_dialects(claims, vectors, option("--port"))
         check_known((*selection.skip, *selection.xfail), lambda: all_ids(claims, vectors))
         if all(
             known is not None and known.status != "skip" for _, _, known in jobs(claims, vectors, selection)

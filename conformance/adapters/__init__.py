@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from conformance.vectors import Case
+from conformance.vectors import Case, VectorSet
 
 Arrays = Mapping[str, NDArray[Any]]
 LEVELS = ("L0", "L1", "L2", "L3", "L4", "L5")
@@ -156,6 +156,10 @@ def find(path: str) -> Adapter:
         found = _tried(path, "it cannot be loaded", known[path].load)
     else:
         module_name, _, name = path.partition(":")
+        if module_name.endswith(".py"):
+            raise AdapterError(
+                f"{path!r} names a file; give the module: {module_name.removesuffix('.py').replace('/', '.')}:{name}"
+            )
         if not all(part.isidentifier() for part in module_name.split(".")):
             raise AdapterError(f"{path!r} is not package.module:object")
         module = _tried(
@@ -234,6 +238,22 @@ def checked_claims(adapter: Adapter, path: str) -> Capabilities:
         claims.distribution,
         {str(name): str(note) for name, note in claims.notes.items()},
     )
+
+
+def check_dialects(claims: Capabilities, vectors: VectorSet, path: str) -> None:
+    """Refuses claims of conventions that no vector has.
+
+    Raises:
+        AdapterError: names the dialect and those that there are.
+    """
+    for algorithm, dialects in claims.algorithms.items():
+        known = dict.fromkeys(case.dialect for case in vectors if case.algorithm == algorithm)
+        for one in dialects:
+            if known and one not in known and one != "*":
+                raise AdapterError(
+                    f"{path!r}: Capabilities.algorithms[{algorithm!r}] has the dialect {one!r}; known are "
+                    f"{', '.join(known)}"
+                )
 
 
 def spec_of(case: Case, compute_dtype: str) -> Spec:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from conformance.adapters import AdapterError, Arrays, Capabilities, Spec
+
+STATES = ("momentum", "Q", "variance", "exp_avg", "exp_avg_sq", "step")
+HYPERS = ("lr", "mu", "weight_decay", "epsilon", "betas", "beta2", "fraction", "rank_fraction")
 
 Named = Sequence[tuple[str, nn.Parameter]]
 Build = Callable[[Named, Spec], torch.optim.Optimizer]
@@ -25,7 +29,11 @@ class TorchOptimizerAdapter:
         build: `(named parameters, spec) -> optimizer`, from `spec.hyper`; the parameters may be DTensors.
         state: by the oracle's key, the optimizer's key in `optimizer.state[parameter]`.
         hyper: by the oracle's name, the key (or keys, any of which) in `param_groups` of what may change by step.
-        orthonormalize: `(matrix, hyper) -> matrix`, for L0.
+        orthonormalize: `(matrix, hyper) -> matrix`, for L0; `hyper` holds polynomial, epsilon, epsilon_rule,
+            norm_factor and compute_dtype.
+
+    Raises:
+        AdapterError: a key of `state` or `hyper` that the oracle does not have.
     """
 
     def __init__(
@@ -37,6 +45,10 @@ class TorchOptimizerAdapter:
         hyper: Mapping[str, str | tuple[str, ...]] | None = None,
         orthonormalize: Orthonormalize | None = None,
     ) -> None:
+        for what, keys, known in (("state", state, STATES), ("hyper", hyper, HYPERS)):
+            for key in keys or ():
+                if re.split("[./]", key)[0] not in known:
+                    raise AdapterError(f"{what}: the oracle has no {key!r}; it has {', '.join(known)}")
         self._capabilities, self.build = capabilities, build
         self.state_keys = dict(state or {})
         given = {"lr": "lr", **(hyper or {})}
@@ -65,6 +77,8 @@ class TorchOptimizerAdapter:
         """The parameters and their optimizer, its state loaded if the case starts from one."""
         named = [(name, nn.Parameter(self._tensor(value))) for name, value in params.items()]
         optimizer = self.build(named, spec)
+        if not hasattr(optimizer, "param_groups"):
+            raise TypeError(f"build must return the optimizer, not {type(optimizer).__name__}")
         for name, parameter in named:
             if name == spec.name and "state" in self._capabilities.features:
                 self._load(optimizer, parameter, spec.state)
@@ -85,11 +99,19 @@ class TorchOptimizerAdapter:
                 own[name] = given
 
     def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
-        """One step of the optimizer."""
-        named, optimizer, _ = state
-        for group in optimizer.param_groups:
-            for name, keys in self.hyper_keys.items():
-                group.update({key: hyper[name] for key in keys if name in hyper and key in group})
+        """One step of the optimizer.
+
+        Raises:
+            KeyError: a hyperparameter is not what it was, and no param group has its key.
+        """
+        named, optimizer, spec = state
+        for name, keys in self.hyper_keys.items():
+            groups = [group for group in optimizer.param_groups if set(keys) & set(group)]
+            for group in groups if name in hyper else ():
+                group.update({key: hyper[name] for key in keys if key in group})
+            if not groups and hyper.get(name) != spec.hyper.get(name):
+                has = sorted(set(optimizer.param_groups[0]) - {"params"})
+                raise KeyError(f"hyper={{{name!r}: {keys[0]!r}}}, but the param groups have {has}")
         for name, parameter in named:
             parameter.grad = self._tensor(grads[name])
         optimizer.step()

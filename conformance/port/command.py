@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from conformance.adapters import DTYPES, AdapterError, Capabilities, find
+from conformance.adapters import DTYPES, AdapterError, Capabilities, check_dialects, find
 from conformance.port import output
 from conformance.port.grading import Verdict
 from conformance.port.runner import Run, Selection, jobs, run_vectors
@@ -70,6 +70,7 @@ def port(
         check_backend(device, backend)
         found = load(vectors) if vectors else load()
         claims = claims_of(adapter, timeout, device)
+        check_dialects(claims, found, adapter)
         check_known((*selection.skip, *selection.xfail), lambda: all_ids(claims, found))
         run = run_port(adapter, claims, found, selection, console, timeout, nproc=nproc, device=device)
     except (AdapterError, SelectionError, VectorError, OSError) as error:

@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 from conformance import launch
-from conformance.adapters import DTYPES, AdapterError
+from conformance.adapters import DTYPES, AdapterError, check_dialects
 from conformance.port import output
 from conformance.port.grading import ERROR, FAIL, Verdict
 from conformance.port.runner import Run
@@ -77,6 +77,7 @@ def meshes(
         check_targets(targets if launch.is_main() else [])
         other = read(against) if against is not None else None
         vectors, claims = load(), claims_of(adapter, timeout)
+        check_dialects(claims, vectors, adapter)
         selection = selection_of(level, dtype, case, None, None)
 
         def line(verdict: Verdict) -> None:
@@ -91,7 +92,7 @@ def meshes(
                 "--compile": (compiled, False), "--timeout": (timeout, SECONDS), "--against": (against, None),
             }
         )  # fmt: skip
-        run = Run(claims, command="meshes", options=options)
+        run = Run(claims, levels=selection.levels, command="meshes", options=options)
         run.verdicts = run_meshes(
             adapter, claims, vectors, selection, ranks=_ranks(nproc), device=device, timeout=timeout,
             shapes=COMPILED if compiled else EVERY, on_verdict=line, keep=kept,

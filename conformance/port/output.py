@@ -6,6 +6,7 @@ import json
 import math
 import os
 import platform
+import re
 import shlex
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,12 @@ from conformance.port.runner import Run
 
 STATUSES = (PASS, ACCEPTABLE, FAIL, ERROR, XFAIL, XPASS, SKIP, UNDECIDED)
 """In the order of the columns; what is not claimed is counted apart."""
+OPEN = (ACCEPTABLE, UNDECIDED, SKIP)
+"""Neither passed nor failed: the reasons are told."""
+ROOM = (
+    "bfloat16 leaves room: what changes an update by less than 1 to 50 % passes. "
+    "If the port can compute in float32, claim that as well."
+)
 
 
 def command_of(run: Run, adapter: str, verdict: Verdict) -> str:
@@ -94,9 +101,28 @@ def table(run: Run) -> Table:
 
 def not_claimed(run: Run) -> str:
     """What the port does not claim, in one line."""
-    reasons = Counter(one.message for one in run.verdicts if one.status == UNCLAIMED)
-    listed = ", ".join(f"{reason} ({count})" for reason, count in reasons.most_common())
-    return f"not claimed: {listed}" if listed else "everything is claimed"
+    named: dict[str, list[str]] = {}
+    for level in run.levels:
+        if level not in run.port.levels:
+            named.setdefault("levels", []).append(level)
+    unclaimed = [one for one in run.verdicts if one.status == UNCLAIMED]
+    for message in dict.fromkeys(one.message for one in unclaimed):
+        kind, _, what = message.partition(" ")
+        if kind == "dialect":
+            dialect, _, algorithm = what.partition(" of ")
+            kind, what = f"other dialects of {algorithm}", dialect
+        kind = {"level": "levels", "algorithm": "algorithms", "dtype": "dtypes", "feature": "features"}.get(
+            kind, kind
+        )
+        listed = named.setdefault(kind, [])
+        listed += [one for one in what.split(", ") if one not in listed]
+    if not named:
+        return "everything is claimed"
+    parts = [
+        f"{kind} ({len(listed)})" if kind.startswith("other") else f"{kind} {', '.join(listed)}"
+        for kind, listed in named.items()
+    ]
+    return "not claimed: " + "; ".join(parts)
 
 
 def summary(run: Run, seconds: float) -> str:
@@ -108,20 +134,39 @@ def summary(run: Run, seconds: float) -> str:
 def show(
     run: Run, adapter: str, console: Console, seconds: float, *, limit: int = 10, details: bool = False
 ) -> None:
-    """Table, failures with their commands, the conventions that fit, and the last line."""
+    """Table, failures with their commands, what explains them, what was left open, and the last line."""
     console.print(table(run))
-    bad = [one for one in run.verdicts if one.status in BAD]
-    for one in bad[:limit]:
+    bad = alike([one for one in run.verdicts if one.status in BAD])
+    for one, others in bad[:limit]:
         console.print(f"{one.status}: {one.id} on {one.layout}: {one.message}", style="red", **_PLAIN)
+        if others:
+            console.print(f"    and {len(others)} more like it, such as {others[0].id}", **_PLAIN)
         console.print(f"    {command_of(run, adapter, one)}", **_PLAIN)
         if details and one.details:
             console.print(one.details, **_PLAIN)
     if len(bad) > limit:
-        console.print(f"... and {len(bad) - limit} more; see --json, --junit or --html", **_PLAIN)
+        console.print(f"... and {len(bad) - limit} more kinds; see --json, --junit or --html", **_PLAIN)
     for fit in run.fits:
         console.print(f"claimed {fit.claimed} ({fit.algorithm}, {fit.dtype}): {fit}", **_PLAIN)
+    for one, others in alike([one for one in run.verdicts if one.status in OPEN]):
+        more = f" and {len(others)} more" if others else ""
+        console.print(f"{one.status}: {one.id}{more}: {one.message}", **_PLAIN)
     console.print(not_claimed(run), **_PLAIN)
+    if run.passed and {one.dtype for one in run.verdicts if one.status == PASS} == {"bfloat16"}:
+        console.print(ROOM, **_PLAIN)
     console.print(summary(run, seconds), **_PLAIN)
+
+
+def alike(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, list[Verdict]]]:
+    """Verdicts whose messages differ in numbers alone, put together: the one furthest off, and the others."""
+    groups: dict[tuple[str, str], list[Verdict]] = {}
+    for one in verdicts:
+        groups.setdefault((one.status, re.sub(r"[\d.e+-]*\d[\d.e+-]*", "#", one.message)), []).append(one)
+    found = []
+    for group in groups.values():
+        worst = max(group, key=lambda one: one.used)
+        found.append((worst, [one for one in group if one is not worst]))
+    return found
 
 
 _PLAIN: dict[str, Any] = {"highlight": False, "markup": False, "soft_wrap": True}

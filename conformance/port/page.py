@@ -10,8 +10,8 @@ from importlib import resources
 from jinja2 import Environment
 from matplotlib.figure import Figure
 
-from conformance.port.grading import ACCEPTABLE, BAD, PASS, UNCLAIMED, XFAIL, Verdict
-from conformance.port.output import command_of, not_claimed, number, summary
+from conformance.port.grading import ACCEPTABLE, BAD, PASS, SKIP, UNCLAIMED, UNDECIDED, XFAIL, Verdict
+from conformance.port.output import OPEN, command_of, not_claimed, number, summary
 from conformance.port.runner import Run
 
 WORST = 8
@@ -31,14 +31,14 @@ def matrix(run: Run) -> tuple[list[tuple[str, str]], list[tuple[str, str, list[t
                 for one in claimed
                 if (one.algorithm, one.dialect, one.level, one.layout) == (algorithm, dialect, level, layout)
             )
-            bad, good = sum(counts[s] for s in BAD), counts[PASS] + counts[ACCEPTABLE]
+            bad = sum(counts[s] for s in BAD)
             if not counts:
                 cells.append(("", "none"))
             elif bad:
                 cells.append((f"{bad} of {counts.total()} bad", "fail"))
             else:
-                known = f", {counts[XFAIL]} xfail" if counts[XFAIL] else ""
-                cells.append((f"{good} pass{known}", "pass" if good else "none"))
+                shown = [f"{counts[s]} {s}" for s in (PASS, ACCEPTABLE, XFAIL, UNDECIDED, SKIP) if counts[s]]
+                cells.append((", ".join(shown), "pass" if counts[PASS] + counts[ACCEPTABLE] else "none"))
         lines.append((algorithm, dialect, cells))
     return columns, lines
 
@@ -55,7 +55,7 @@ def render(run: Run, about: dict[str, str], adapter: str, seconds: float) -> str
     columns, lines = matrix(run)
     closest = worst(run)
     bad = [one for one in run.verdicts if one.status in BAD]
-    other = [one for one in run.verdicts if one.status in (XFAIL, ACCEPTABLE)]
+    other = [one for one in run.verdicts if one.status in (XFAIL, *OPEN)]
     return Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True).from_string(template).render(
         run=run, facts=about, summary=summary(run, seconds), columns=columns, lines=lines, bad=bad, other=other,
         commands={one.id: command_of(run, adapter, one) for one in bad}, not_claimed=not_claimed(run), closest=closest,

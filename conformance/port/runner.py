@@ -75,6 +75,7 @@ class Run:
         verdicts: in the order of the cases.
         outcomes: by (case, dtype), of what was run on one device.
         fits: conventions that explain failures.
+        levels: that were asked for.
         command, options: what runs a case again as it was run: "port" or "meshes", and its further options.
     """
 
@@ -82,6 +83,7 @@ class Run:
     verdicts: list[Verdict] = field(default_factory=list)
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
     fits: list[Fit] = field(default_factory=list)
+    levels: tuple[str, ...] = ()
     command: str = "port"
     options: tuple[str, ...] = ()
 
@@ -145,7 +147,7 @@ def run_vectors(
         device: "cpu" or "cuda", likewise, for adapters that can be told.
         on_verdict: called with each.
     """
-    run = Run(port)
+    run = Run(port, levels=selection.levels)
     worker = Worker(adapter, timeout, device) if isinstance(adapter, str) else None
     try:
         for case, dtype, known in jobs(port, vectors, selection):

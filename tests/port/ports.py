@@ -154,4 +154,10 @@ class BadClaims(OracleAdapter):
         return {"muon": True}
 
 
+class NoSuchDialect(OracleAdapter):
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), algorithms={"muon": ("kellerjordan",)})
+
+
 bad_claims = BadClaims()
+no_such_dialect = NoSuchDialect()

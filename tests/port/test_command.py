@@ -16,6 +16,7 @@ import torch
 from torch.distributed import DistNetworkError
 from typer.testing import CliRunner
 
+from conformance import entry
 from conformance.cli import app
 
 ROOT = Path(__file__).parent.parent.parent
@@ -62,7 +63,8 @@ def test_a_pass_says_what_was_not_claimed() -> None:
     )
     assert done.exit_code == 2  # nothing was claimed, so nothing was run
     assert "not claimed: " in done.output
-    assert "dialect dion of muon" in done.output
+    assert "levels L0; algorithms adamw, " in done.output
+    assert "; other dialects of muon (1)" in done.output
 
 
 @pytest.mark.parametrize(
@@ -70,6 +72,8 @@ def test_a_pass_says_what_was_not_claimed() -> None:
     [
         (["no.such.module:adapter"], "no.such.module cannot be imported"),
         (["tests.port.ports:no_such"], "tests.port.ports has no 'no_such'"),
+        (["tests/port/ports.py:perfect"], "names a file; give the module: tests.port.ports:perfect"),
+        (["tests.port.ports:no_such_dialect"], "has the dialect 'kellerjordan'; known are dion, keller, torch, "),
         (["tests.port.ports:no_adapter"], "is no adapter: it has no capabilities, init, step"),
         (["tests.port.ports:bad_claims"], "must return conformance.adapters.Capabilities"),
         (["no-such-name"], "neither package.module:object nor a registered adapter"),
@@ -126,6 +130,40 @@ def test_a_device_that_is_not_there() -> None:
     done = CliRunner().invoke(app, ["port", "conformance.adapters.torch_muon:adapter", "--device", "cuda"])
     assert done.exit_code == 2
     assert "torch sees no GPU here" in done.stderr
+
+
+def test_what_is_alike_is_told_once_and_what_is_open_with_its_reason() -> None:
+    only = ["--level", "L1", "--case", "L1/muon/dion/*", "--dtype", "float64", "--dtype", "bfloat16"]
+    done = CliRunner().invoke(app, ["port", "tests.port.ports:idle", *only])
+    assert done.exit_code == 1
+    assert re.search(
+        r"fail: L1/muon/dion/\S+ on one device: update is off by .*\n    and \d\d more like it", done.output
+    )
+    assert done.output.count("conformance port tests.port.ports:idle") < 8
+    meshes = ["--level", "L4", "--case", "L4/muon/dion/8-S?", "--dtype", "float64"]
+    done = CliRunner().invoke(app, ["port", "conformance.mutants.gathering:adapter", *meshes])
+    assert done.exit_code == 2
+    assert "skip: L4/muon/dion/8-S0@float64 and 1 more: needs 8 ranks; run it with --nproc 8" in done.output
+
+
+def test_a_pass_in_bfloat16_alone_says_how_much_that_is() -> None:
+    one = ["--level", "L1", "--case", "L1/muon/torch/8x24-fresh"]
+    done = CliRunner().invoke(app, ["port", "conformance.adapters.torch_muon:adapter", *one])
+    assert done.exit_code == 0
+    assert "bfloat16 leaves room" in done.output
+    done = CliRunner().invoke(app, ["port", "tests.port.ports:perfect", *one])
+    assert "bfloat16 leaves room" not in done.output
+
+
+def test_the_command_without_its_libraries_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delitem(sys.modules, "conformance.cli")
+    monkeypatch.setitem(sys.modules, "typer", None)
+    with pytest.raises(SystemExit) as ended:
+        entry.main()
+    assert ended.value.code == 2
+    assert 'pip install "dion-conformance[conformance]"' in capsys.readouterr().err
 
 
 def test_what_is_acceptable_alone_is_a_pass() -> None:

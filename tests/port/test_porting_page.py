@@ -79,5 +79,5 @@ def test_every_option_on_the_page_exists() -> None:
         env={**os.environ, "COLUMNS": "200"},
     ).stdout
     plugin = (ROOT / "conformance" / "plugin.py").read_text()
-    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) - {"--pyargs", "--port"}:
+    for option in set(re.findall(r"(?<![\w-])--[a-z][a-z-]*", PAGE)) - {"--pyargs", "--port", "--index-url"}:
         assert option in (plugin if option.startswith("--port-") else helps), option

@@ -68,3 +68,25 @@ def test_a_gpu_that_is_not_there() -> None:
         AdapterError, match=r"'my:adapter': it cannot use the device 'cuda'.*torch sees no GPU here"
     ):
         use_device(adapter, "cuda", "my:adapter")
+
+
+def test_keys_that_the_oracle_does_not_have_are_refused() -> None:
+    claims = Capabilities("plain", {})
+    with pytest.raises(AdapterError, match=r"state: the oracle has no 'momentun'; it has momentum, Q"):
+        TorchOptimizerAdapter(claims, _plain_muon, state={"momentun": "momentum_buffer"})
+    with pytest.raises(AdapterError, match=r"hyper: the oracle has no 'momentum'; it has lr, mu"):
+        TorchOptimizerAdapter(claims, _plain_muon, hyper={"momentum": "momentum"})
+
+
+def test_a_hyperparameter_that_no_group_has_is_an_error_when_it_changes() -> None:
+    claims = Capabilities("plain", {"muon": ("torch",)}, dtypes=("bfloat16",), features=("schedule:mu",))
+    adapter = TorchOptimizerAdapter(claims, _plain_muon, hyper={"mu": "mu"})
+    run = run_vectors(adapter, claims, load(), Selection(("L2",), (), ("L2/muon/torch/13x10-10-warmup",)))
+    assert run.verdicts[0].status == ERROR
+    assert "hyper={'mu': 'mu'}, but the param groups have [" in run.verdicts[0].message
+
+
+def test_a_build_that_forgets_to_return() -> None:
+    adapter = TorchOptimizerAdapter(Capabilities("plain", {}), lambda *_: None)  # type: ignore[arg-type,return-value]
+    with pytest.raises(TypeError, match="build must return the optimizer, not NoneType"):
+        adapter.init(SPEC, {SPEC.name: np.zeros((2, 3))})

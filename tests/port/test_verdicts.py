@@ -123,7 +123,7 @@ def test_the_convention_that_is_followed_is_found(vectors: VectorSet) -> None:
     found = run("mislabelled", vectors, dtypes=("float64",))
     assert found.count(FAIL) > 15
     best = found.fits[0]
-    assert (best.claimed, best.dialect, best.matching) == ("torch", "moonlight", best.compared)
+    assert (best.claimed, best.explanation, best.matching) == ("torch", "moonlight", best.compared)
     assert best.error < 1e-12
     assert str(best).startswith("matches moonlight to ")
 
