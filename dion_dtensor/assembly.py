@@ -190,14 +190,17 @@ def product(left: Tensor, right: Tensor) -> Tensor:
     return from_local(left.to_local() @ right.to_local(), left.device_mesh, placements, shape)
 
 
-def across(local: Tensor, stack: Tensor, operation: str, dims: tuple[int, ...]) -> Tensor:
-    """``local``, of size one in ``dims``, reduced over the axes that shard ``dims`` of ``stack``.
+def across(
+    local: Tensor, stack: Tensor, operation: str, dims: tuple[int, ...], sizes: tuple[int, ...] = (1, 1)
+) -> Tensor:
+    """``local``, of ``sizes`` in ``dims`` on every rank, reduced over the axes that shard ``dims`` of ``stack``.
 
     Args:
         local: what each rank found in its shard of ``stack``.
         stack: a tensor or a DTensor.
         operation: "sum" or "max".
         dims: of ``stack``.
+        sizes: of ``local`` in ``dims``.
 
     Returns:
         A plain tensor; its other dims are sharded as those of ``stack``.
@@ -205,7 +208,7 @@ def across(local: Tensor, stack: Tensor, operation: str, dims: tuple[int, ...]) 
     if not isinstance(stack, DTensor):
         return local
     placements = algebra.of_pending(stack.placements, dims, operation)
-    shape = tuple(1 if dim in dims else size for dim, size in enumerate(stack.shape))
+    shape = tuple(sizes[dims.index(dim)] if dim in dims else size for dim, size in enumerate(stack.shape))
     return local_of(reduced(from_local(local, stack.device_mesh, placements, shape)))
 
 

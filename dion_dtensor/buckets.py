@@ -110,7 +110,8 @@ class Bucket:
         if form is None:
             return "-"
         if form.kind == "whole" and form.entry.mesh is not None:
-            return "assembled with its whole parameter"
+            cut = isinstance(form.split, self.rule.cuts)
+            return self.rule.way if cut else "assembled with its whole parameter and state"
         if not any(form.entry.axes_sharding(dim) for dim in (0, 1)):
             return "local"
         choice = self.choice
@@ -241,7 +242,8 @@ class Bucket:
         if "path" in fixed:
             fixed["path"] = path_of(group, self.choice)
         split = form.split if form and form.kind == "whole" else None
-        fixed["split"] = split if rule.cuts else None
+        cut_by_rule = isinstance(split, rule.cuts)
+        fixed["split"] = split if cut_by_rule else None
         shapes = [(piece.m, piece.n) for piece in form.pieces] if form else [self.members[0].layout.shape]
         hyper = []
         for shape in shapes:
@@ -263,7 +265,7 @@ class Bucket:
             change_layout=grad_layout,
             states=tuple(states),
             size=size,
-            split=None if rule.cuts else split,
+            split=None if cut_by_rule else split,
             compile=self.compile,
         )
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup, all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
+from torch.fx.node import has_side_effect
 
 from dion_dtensor.layout import owners
 from dion_dtensor.placements import axes_sharding, constant
@@ -183,6 +184,12 @@ def return_rows(values: Tensor, chosen: Tensor, number: int, matrices: int, held
 @return_rows.register_fake
 def _(values: Tensor, chosen: Tensor, number: int, matrices: int, held_rows: int) -> Tensor:
     return values.new_empty(chosen.shape[0], held_rows, values.shape[2])
+
+
+# A rank that holds none of the rows has no use for the results, but the others wait for it: a compiler must not leave
+# the calls out there.
+for _operator in ("fetch_rows", "return_rows"):
+    has_side_effect(getattr(torch.ops.dion_dtensor, _operator).default)
 
 
 def _hop(

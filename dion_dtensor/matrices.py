@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "ROW_BLOCKS",
+    "SPLITS",
     "Columns",
     "Experts",
     "Flatten",
@@ -24,6 +26,7 @@ __all__ = [
     "Piece",
     "Rows",
     "Split",
+    "by_rows",
     "each_piece",
     "parse_split",
 ]
@@ -236,6 +239,9 @@ class Flatten:
         return stacks[0].reshape(len(stacks[0]), *shape)
 
 
+ROW_BLOCKS: tuple[type[Split], ...] = (Rows, Columns, Heads, InterleavedRows)
+"""Splits into blocks of rows, or of a transposed parameter's."""
+SPLITS: tuple[type[Split], ...] = (*ROW_BLOCKS, Experts, Flatten)
 KINDS = {"rows": Rows, "columns": Columns, "heads": Heads, "interleaved_rows": InterleavedRows}
 
 
@@ -245,7 +251,7 @@ def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
     Raises:
         ValueError: neither.
     """
-    if split is None or isinstance(split, Rows | Columns | Heads | InterleavedRows | Experts | Flatten):
+    if split is None or isinstance(split, SPLITS):
         return split
     if not isinstance(split, str):
         return Rows(*split)  # type: ignore[misc]
@@ -263,6 +269,11 @@ def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
         f"split={split!r} is unknown; write rows(q, k, v), columns(q, k, v), heads(count), "
         "interleaved_rows((q, k, v), groups), experts or flatten"
     )
+
+
+def by_rows(split: Split) -> tuple[bool, Split]:
+    """Whether a split into blocks is one of columns, and the same as one of (the transposed parameter's) rows."""
+    return (True, Rows(*split.sizes)) if isinstance(split, Columns) else (False, split)
 
 
 def each_piece(function: Callable[..., Any], split: Split | None) -> Callable[..., Any]:

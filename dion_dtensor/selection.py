@@ -5,7 +5,8 @@ The choice is the same on every mesh, to the last bit: see :func:`row_sums`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -27,7 +28,18 @@ from dion_dtensor.exchange import fetch_rows, return_rows, route
 from dion_dtensor.layout import is_simulated, sharing_axes
 from dion_dtensor.whole_matrices import on_whole_matrices
 
-__all__ = ["largest_rows", "on_rows", "row_sums", "scaled_rows"]
+__all__ = ["column_sums", "largest_rows", "on_rows", "own_rows", "row_sums", "scaled_rows", "slices"]
+
+
+@algebra.constant
+def slices(fraction: float, size: int) -> int:
+    """``ceil(fraction * size)`` in exact arithmetic of the decimal that the user wrote, one at least."""
+    exact = Fraction(str(fraction)) * size
+    return max(1, -(-exact.numerator // exact.denominator))
+
+
+EXPONENT = 0x7FF << 52
+"""The exponent's bits of a float64."""
 
 
 def largest_rows(sums: Tensor, count: int) -> Tensor:
@@ -36,21 +48,25 @@ def largest_rows(sums: Tensor, count: int) -> Tensor:
     return order[:, :count].sort(dim=-1).values
 
 
-def row_sums(stack: Tensor) -> Tensor:
+def row_sums(stack: Tensor, owner: Tensor | None = None, count: int = 1) -> Tensor:
     """The sum of absolute values of each row of ``[N, m, n]``: ``[N, m]``, float64, whole on every rank.
 
     The same to the last bit in whatever order and on whatever mesh it is taken: values are first rounded to a multiple
     of a power of two that leaves room to add all of them exactly (Demmel and Nguyen, ARITH 2013).  That multiple is
-    2^-51 of the largest value times n; for float64 values, what was rounded off is added likewise.
+    2^-51 of the largest value of the matrix times n; for float64 values, what was rounded off is added likewise.
+
+    Args:
+        stack: of matrices, or of parameters that have several.
+        owner: ``[m]``, which of the matrices each row belongs to; None for one matrix.
+        count: matrices in a parameter.
     """
-    values, length = local_of(stack).abs(), stack.shape[2]
-    magnitudes = values.double()
-    high = _multiples(magnitudes, across(_largest(values).double(), stack, "max", (1, 2)), length)
-    total = across(high.sum(-1, keepdim=True), stack, "sum", (2,))
-    if stack.dtype == torch.float64:
-        rest = magnitudes - high
-        low = _multiples(rest, across(_largest(rest.abs()), stack, "max", (1, 2)), length)
-        total = total + across(low.sum(-1, keepdim=True), stack, "sum", (2,))
+    here = None if owner is None else own_rows(owner, stack)
+
+    def summed(values: Tensor, multiples: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        high = multiples(values)
+        return across(high.sum(-1, keepdim=True), stack, "sum", (2,)), values - high
+
+    total = _summed(stack, here, count, _room(stack.shape[2]), summed)
     if isinstance(stack, DTensor):
         placements = algebra.of_reduced(algebra.of_pending(stack.placements, (2,), "sum"))
         total = local_of(
@@ -59,19 +75,77 @@ def row_sums(stack: Tensor) -> Tensor:
     return total.squeeze(-1)
 
 
-def _largest(values: Tensor) -> Tensor:
-    """``[N, 1, 1]``; zero where the shard is empty, which a maximum alone refuses."""
-    if is_simulated(values) or not values.numel():
-        values = torch.nn.functional.pad(values, (0, 1, 0, 1))
-    return values.amax((1, 2), keepdim=True)
+def column_sums(stack: Tensor, owner: Tensor, heights: Sequence[int]) -> Tensor:
+    """The sum of absolute values of each column of each matrix of a parameter: ``[N, matrices, n]``, like row sums.
+
+    Args:
+        stack: ``[N, m, n]`` of parameters.
+        owner: ``[m]``, which of the matrices each row belongs to.
+        heights: rows of each matrix.
+    """
+    here, count = own_rows(owner, stack), len(heights)
+    rooms = torch.tensor([_room(height) for height in heights], dtype=torch.float64, device=stack.device)
+
+    def summed(values: Tensor, multiples: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
+        high = multiples(values)
+        sums = high.new_zeros(high.shape[0], count, high.shape[2]).index_add(1, here, high)
+        return across(sums, stack, "sum", (1,), (count,)), values - high
+
+    total = _summed(stack, here, count, rooms[here].unsqueeze(-1), summed)
+    if not isinstance(stack, DTensor):
+        return total
+    columns = algebra.of_only(stack.placements, (2,))
+    shape = (stack.shape[0], count, stack.shape[2])
+    return local_of(whole_dim(from_local(total, stack.device_mesh, columns, shape), 2))
 
 
-def _multiples(values: Tensor, largest: Tensor, count: int) -> Tensor:
-    """``values`` rounded so that ``count`` of them add up exactly in float64."""
-    _, exponent = torch.frexp(largest)
+def own_rows(values: Tensor, stack: Tensor) -> Tensor:
+    """Of ``values`` ``[m]``, the same on every rank, those of the rows of ``[N, m, n]`` that are held here."""
+    if not isinstance(stack, DTensor):
+        return values
+    rows = algebra.of_only(stack.placements, (1,))
+    return placed(values.view(1, -1, 1), stack.device_mesh, rows).view(-1)
+
+
+def _summed(
+    stack: Tensor,
+    here: Tensor | None,
+    count: int,
+    room: float | Tensor,
+    summed: Callable[[Tensor, Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]],
+) -> Tensor:
+    """The exact sums of the absolute values, rounded once to multiples; twice for float64."""
+
+    def multiples(values: Tensor) -> Tensor:
+        return _multiples(values, _largest(values.abs(), stack, here, count), room)
+
+    total, rest = summed(local_of(stack).abs().double(), multiples)
+    return total + summed(rest, multiples)[0] if stack.dtype == torch.float64 else total
+
+
+def _largest(values: Tensor, stack: Tensor, here: Tensor | None, count: int) -> Tensor:
+    """The largest value of each matrix, for each row: ``[N, rows or 1, 1]``; zero where a shard is empty."""
+    if is_simulated(values) or not values.numel():  # a maximum alone refuses an empty shard
+        values = torch.nn.functional.pad(values, (0, 1, 0, 1 if here is None else 0))
+    if here is None:
+        return across(values.amax((1, 2), keepdim=True), stack, "max", (1, 2))
+    rows = values.amax(2)
+    each = rows.new_zeros(rows.shape[0], count).scatter_reduce(1, here.expand_as(rows), rows, "amax")
+    return across(each.unsqueeze(-1), stack, "max", (1, 2), (count, 1))[:, here]
+
+
+def _multiples(values: Tensor, largest: Tensor, room: float | Tensor) -> Tensor:
+    """``values`` rounded so that as many of them as ``room`` is for add up exactly in float64."""
+    # The power of two below the largest by its bits: Inductor's vectorized frexp did not compile beside float32.
+    power = (largest.view(torch.int64) & EXPONENT).view(torch.float64)
     # Adding 1.5 * 2^e leaves no bits below 2^(e - 52), and rounds to nearest.
-    shift = torch.ldexp(torch.full_like(largest, 1.5), exponent + (count - 1).bit_length() + 1)
+    shift = power * room
     return (values + shift) - shift
+
+
+def _room(count: int) -> float:
+    """Of a sum of ``count`` values, in units of the power of two below the largest."""
+    return 1.5 * 2.0 ** ((count - 1).bit_length() + 2)
 
 
 def scaled_rows(stack: Tensor, chosen: Tensor, factor: Any) -> Tensor:

@@ -6,13 +6,15 @@ Source: Dion2, arXiv 2512.16928; conventions of microsoft/dion, but the choice i
 from __future__ import annotations
 
 from collections.abc import Mapping
-from fractions import Fraction
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from dion_dtensor.assembly import elementwise, transposed
+from dion_dtensor.blocks import blocks_of, on_columns_of_blocks, on_rows_of_blocks, scaled_where
+from dion_dtensor.matrices import ROW_BLOCKS, Split, by_rows
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 from dion_dtensor.rules.shared import (
@@ -23,9 +25,9 @@ from dion_dtensor.rules.shared import (
     polynomial_fields,
     to_dtype,
 )
-from dion_dtensor.selection import largest_rows, on_rows, row_sums, scaled_rows
+from dion_dtensor.selection import largest_rows, on_rows, row_sums, scaled_rows, slices
 
-__all__ = ["DION2", "SELECTION_DEFAULTS", "check_selection", "count"]
+__all__ = ["DION2", "SELECTION_DEFAULTS", "check_selection", "prepare"]
 
 SELECTION_DEFAULTS: dict[str, Any] = {"mu": 0.95, "fraction": 0.25, "path": "auto", **POLYNOMIAL_DEFAULTS}
 
@@ -33,14 +35,14 @@ SELECTION_DEFAULTS: dict[str, Any] = {"mu": 0.95, "fraction": 0.25, "path": "aut
 class Hyper(NamedTuple):
     """What Dion2's update reads.
 
-    ``chosen``: slices chosen; ``columns``: of columns, not of rows; ``path``: how they travel.
+    ``path``: how chosen slices travel; ``split``: of whole parameters, where shard boundaries cut the logical matrices.
     """
 
     mu: Scalar
     epsilon: Scalar
-    chosen: int
-    columns: bool
+    fraction: float
     path: str
+    split: Split | None
     coefficients: Coefficients
     epsilon_rule: str
     norm_factor: float
@@ -57,20 +59,42 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``; only the chosen slices are assembled."""
     wide = widest(state.momentum, grad)
     momentum = elementwise(lambda M, G: M.to(wide) + G.to(wide), state.momentum, grad)
-    rows = transposed(momentum) if hyper.columns else momentum
-    chosen = largest_rows(row_sums(rows), hyper.chosen)
-    rounded = to_dtype(rows, hyper.compute_dtype)
-    direction = on_rows(orthonormalizer(hyper), rounded, chosen, assemble=hyper.path == "assemble")
-    rows = to_dtype(scaled_rows(rows, chosen, hyper.mu), state.momentum.dtype)
-    if hyper.columns:
-        rows, direction = transposed(rows), transposed(direction)
-    return direction, State(rows)
+    if hyper.split is not None:
+        across, split = by_rows(hyper.split)
+        direction, decayed = _on_blocks(transposed(momentum) if across else momentum, split, hyper)
+    else:
+        # Slices lie along the shorter side of the full shape.
+        across = momentum.shape[1] > momentum.shape[2]
+        rows = transposed(momentum) if across else momentum
+        chosen = largest_rows(row_sums(rows), slices(hyper.fraction, rows.shape[1]))
+        rounded = to_dtype(rows, hyper.compute_dtype)
+        direction = on_rows(orthonormalizer(hyper), rounded, chosen, assemble=hyper.path == "assemble")
+        decayed = scaled_rows(rows, chosen, hyper.mu)
+    if across:
+        direction, decayed = transposed(direction), transposed(decayed)
+    return direction, State(to_dtype(decayed, state.momentum.dtype))
 
 
-def count(fraction: float, size: int) -> int:
-    """``ceil(fraction * size)`` in exact arithmetic of the decimal that the user wrote, one at least."""
-    exact = Fraction(str(fraction)) * size
-    return max(1, -(-exact.numerator // exact.denominator))
+def _on_blocks(momentum: Tensor, split: Split, hyper: Hyper) -> tuple[Tensor, Tensor]:
+    """The direction of parameters of several logical matrices, and their momentum with the chosen slices decayed."""
+    blocks = blocks_of(split, momentum)
+    number, orthonormalize = partial(slices, hyper.fraction), orthonormalizer(hyper)
+    rounded = to_dtype(momentum, hyper.compute_dtype)
+    tall = [index for index, piece in enumerate(blocks.pieces) if piece.m > piece.n]
+    wide = [index for index, piece in enumerate(blocks.pieces) if piece.m <= piece.n]
+    directions, decayed = [], momentum
+    if wide:
+        direction, chosen = on_rows_of_blocks(
+            orthonormalize, rounded, momentum, blocks, wide, number, assemble=hyper.path == "assemble"
+        )
+        directions.append(direction)
+        decayed = scaled_rows(decayed, chosen, hyper.mu)
+    if tall:
+        direction, mask = on_columns_of_blocks(orthonormalize, rounded, momentum, blocks, tall, number)
+        directions.append(direction)
+        decayed = scaled_where(decayed, mask, hyper.mu)
+    both = len(directions) == 2
+    return elementwise(torch.add, *directions) if both else directions[0], decayed
 
 
 def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateSpec]:
@@ -87,10 +111,8 @@ def check_selection(group: Mapping[str, Any]) -> None:
 
 
 def prepare(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
-    """Slices lie along the shorter side of the full shape."""
-    columns = shape[0] > shape[1]
-    number = count(group["fraction"], shape[1] if columns else shape[0])
-    return {"chosen": number, "columns": columns, **polynomial_fields(group)}
+    """The polynomial by its coefficients."""
+    return polynomial_fields(group)
 
 
 DION2 = Rule(
@@ -101,6 +123,7 @@ DION2 = Rule(
     defaults=SELECTION_DEFAULTS,
     scalars=("mu", "epsilon"),
     states=states,
+    cuts=ROW_BLOCKS,
     way="chosen slices alone",
     check=check_selection,
     prepare=prepare,

@@ -6,37 +6,43 @@ Source: Dion3, arXiv 2608.11612; conventions of microsoft/dion, but choice and n
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from dion_dtensor.assembly import elementwise
+from dion_dtensor.assembly import elementwise, transposed
+from dion_dtensor.blocks import blocks_of, on_rows_of_blocks
+from dion_dtensor.matrices import ROW_BLOCKS, Split, by_rows
 from dion_dtensor.orthonormalize.polynomial import Coefficients
-from dion_dtensor.rules.dion2 import SELECTION_DEFAULTS, check_selection, count
+from dion_dtensor.rules.dion2 import SELECTION_DEFAULTS, check_selection, prepare
 from dion_dtensor.rules.normuon import VARIANCE_DEFAULTS
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 from dion_dtensor.rules.shared import (
     check_variance,
     normalized_rows,
     orthonormalizer,
-    polynomial_fields,
     to_dtype,
 )
-from dion_dtensor.selection import largest_rows, on_rows, row_sums, scaled_rows
+from dion_dtensor.selection import largest_rows, on_rows, row_sums, scaled_rows, slices
 
 __all__ = ["DION3"]
 
 
 class Hyper(NamedTuple):
-    """What Dion3's update reads.  ``chosen``: rows chosen; ``path``: how they travel."""
+    """What Dion3's update reads.
+
+    ``path``: how chosen rows travel; ``split``: of whole parameters, where shard boundaries cut the logical matrices.
+    """
 
     mu: Scalar
     epsilon: Scalar
     beta2: Scalar
     variance_epsilon: Scalar
-    chosen: int
+    fraction: float
     path: str
+    split: Split | None
     coefficients: Coefficients
     epsilon_rule: str
     norm_factor: float
@@ -54,7 +60,6 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``; only the chosen rows are assembled, and only their variance changes."""
     wide = widest(state.momentum, grad)
     momentum = elementwise(lambda M, G: M.to(wide) + G.to(wide), state.momentum, grad)
-    chosen = largest_rows(row_sums(momentum), hyper.chosen)
     orthonormalize = orthonormalizer(hyper)
 
     def normalized(X: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -62,11 +67,24 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
 
     rounded = to_dtype(momentum, hyper.compute_dtype)
     variance = to_dtype(state.variance, widest(state.variance))
-    direction, variance = on_rows(normalized, rounded, chosen, variance, assemble=hyper.path == "assemble")
-    momentum = scaled_rows(momentum, chosen, hyper.mu)
-    return direction, State(
-        to_dtype(momentum, state.momentum.dtype), to_dtype(variance, state.variance.dtype)
-    )
+    assemble, number = hyper.path == "assemble", partial(slices, hyper.fraction)
+    across = False
+    if hyper.split is None:
+        chosen = largest_rows(row_sums(momentum), number(momentum.shape[1]))
+        direction, variance = on_rows(normalized, rounded, chosen, variance, assemble=assemble)
+    else:
+        across, split = by_rows(hyper.split)
+        if across:
+            momentum, rounded = transposed(momentum), transposed(rounded)
+        blocks = blocks_of(split, momentum)
+        every = range(len(blocks.pieces))
+        (direction, variance), chosen = on_rows_of_blocks(
+            normalized, rounded, momentum, blocks, every, number, variance, assemble=assemble
+        )
+    decayed = to_dtype(scaled_rows(momentum, chosen, hyper.mu), state.momentum.dtype)
+    if across:
+        direction, decayed = transposed(direction), transposed(decayed)
+    return direction, State(decayed, to_dtype(variance, state.variance.dtype))
 
 
 def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateSpec]:
@@ -80,11 +98,6 @@ def check(group: Mapping[str, Any]) -> None:
     check_variance(group)
 
 
-def prepare(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
-    """Rows, whatever the shape."""
-    return {"chosen": count(group["fraction"], shape[0]), **polynomial_fields(group)}
-
-
 DION3 = Rule(
     name="dion3",
     update=update,
@@ -93,6 +106,7 @@ DION3 = Rule(
     defaults={**SELECTION_DEFAULTS, **VARIANCE_DEFAULTS},
     scalars=("mu", "epsilon", "beta2", "variance_epsilon"),
     states=states,
+    cuts=ROW_BLOCKS,
     way="chosen rows alone",
     check=check,
     prepare=prepare,

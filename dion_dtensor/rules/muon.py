@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dion_dtensor.assembly import elementwise
-from dion_dtensor.matrices import Split, each_piece
+from dion_dtensor.matrices import SPLITS, Split, each_piece
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.by_gram import by_gram, gram_applies
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
@@ -101,7 +101,7 @@ MUON = Rule(
     defaults={"mu": 0.95, "nesterov": False, "momentum": "sum", "path": "auto", **POLYNOMIAL_DEFAULTS},
     scalars=("mu", "epsilon"),
     states=states,
-    cuts=True,
+    cuts=SPLITS,
     check=check,
     prepare=prepare,
 )

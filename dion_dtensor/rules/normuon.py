@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dion_dtensor.matrices import Split, each_piece
+from dion_dtensor.matrices import SPLITS, Split, each_piece
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.muon import accumulated, check_momentum
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
@@ -99,7 +99,7 @@ NORMUON = Rule(
     },
     scalars=("mu", "epsilon", "beta2", "variance_epsilon"),
     states=states,
-    cuts=True,
+    cuts=SPLITS,
     check=check,
     prepare=prepare,
 )

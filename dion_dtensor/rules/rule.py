@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dion_dtensor.matrices import Split
+
 __all__ = ["Rule", "Scalar", "StateSpec", "widest"]
 
 Scalar = float | Tensor
@@ -50,8 +52,8 @@ class Rule:
         defaults: every hyperparameter of a param group and its default.
         scalars: names of the hyperparameters that may change at every step without a new compilation.
         states: ``(shape, group) -> {field: StateSpec}``, without ``step``.
-        cuts: ``update`` takes stacks of whole parameters too, and cuts what it assembles by the field ``split`` of
-            ``hyper``; other rules are handed whole parameters that are assembled with all their state.
+        cuts: splits of which ``update`` takes stacks of whole parameters too, and cuts what it assembles by the field
+            ``split`` of ``hyper``; under others it is handed whole parameters that are assembled with all their state.
         way: what has to travel so that a sharded matrix is orthonormalized.
         pending_states: states that may differ among ranks which hold the same parameter, since ``update`` reads the
             gradient and them only through averages: then the gradient need not be averaged first.
@@ -69,7 +71,7 @@ class Rule:
     defaults: Mapping[str, Any]
     scalars: tuple[str, ...]
     states: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, StateSpec]]
-    cuts: bool = False
+    cuts: tuple[type[Split], ...] = ()
     way: str = "assembled"
     pending_states: tuple[str, ...] = ()
     elementwise: bool = False

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
 from conformance.plan.counting import Recorder, launched
-from dion_dtensor import Muon, NorMuon
+from dion_dtensor import Dion2, Dion3, Muon, NorMuon
 from tests.dtensor.layouts import Layout, build_mesh, lay_out, placements
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -86,22 +86,27 @@ SENT: dict[str, Callable[[int], float]] = {
 ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "unsigned char": 1}
 
 
-def sent_by_a_split(place: Layout, split: str | None) -> list[float] | None:
-    """Bytes that this rank sends in a step of Muon and of NorMuon, on eight weights of 24 x 16."""
+def sent_by_a_split(place: Layout, shape: tuple[int, int], split: str | None) -> dict[str, float] | None:
+    """By rule the bytes that this rank sends in a step on eight weights, chosen rows as if they lay evenly."""
     mesh = build_mesh(place)
     if mesh.get_coordinate() is None:
         return None
-    result = []
-    for rule in (Muon, NorMuon):
-        weights = [torch.nn.Parameter(lay_out(torch.ones(24, 16), place, mesh)) for _ in range(8)]
+    result = {}
+    for rule, options in (
+        (Muon, {}),
+        (NorMuon, {}),
+        (Dion2, {"fraction": 0.25}),
+        (Dion3, {"fraction": 0.25}),
+    ):
+        weights = [torch.nn.Parameter(lay_out(torch.ones(shape), place, mesh)) for _ in range(8)]
         group = {"params": [(f"fused.{i}", weight) for i, weight in enumerate(weights)], "split": split}
-        optimizer = rule([group], compile=False, compute_dtype=torch.bfloat16)
+        optimizer = rule([group], compile=False, compute_dtype=torch.bfloat16, **options)
         for weight in weights:
             assert isinstance(weight, DTensor)
-            weight.grad = lay_out(torch.ones(24, 16), place, mesh)
+            weight.grad = lay_out(torch.ones(shape), place, mesh)
         with Recorder(mesh, ()) as recorder:
             optimizer.step()
-        result.append(sum(one.bytes for one in recorder.transfers))
+        result[rule.__name__] = sum(one.bytes for one in recorder.transfers)
     return result
 
 

@@ -20,6 +20,10 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "heads(4)": (12, 10),
     "interleaved_rows((3, 1, 1), 3)": (15, 6),
     "interleaved_rows((3, 2, 1), 2, True)": (12, 7),
+    # Higher than wide, where Dion2 chooses columns; the first and the last have both kinds.
+    "rows(13, 3, 4)": (20, 6),
+    "heads(2)": (14, 4),
+    "columns(8, 3)": (5, 11),
     "experts": (5, 6, 8),
     "flatten": (7, 3, 2, 3),
 }

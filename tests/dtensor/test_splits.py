@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dion_dtensor import Muon
+from dion_dtensor import Dion2, Dion3, Muon
 from dion_dtensor.matrices import parse_split
 from dion_ref import ALGORITHMS
 from dion_ref import matrices as oracle
@@ -19,6 +19,9 @@ ORACLE_SPLITS: dict[str, Any] = {
     "heads(4)": oracle.Heads(4),
     "interleaved_rows((3, 1, 1), 3)": oracle.InterleavedRows((3, 1, 1), 3),
     "interleaved_rows((3, 2, 1), 2, True)": oracle.InterleavedRows((3, 2, 1), 2, stacked=True),
+    "rows(13, 3, 4)": oracle.Rows((13, 3, 4)),
+    "heads(2)": oracle.Heads(2),
+    "columns(8, 3)": oracle.Columns((8, 3)),
     "experts": oracle.Experts(),
     "flatten": oracle.Flatten(),
 }
@@ -87,3 +90,19 @@ def test_a_split_that_does_not_fit_is_refused_by_name(
     group = {"params": [("fused.weight", torch.nn.Parameter(torch.ones(shape)))], "split": split}
     with pytest.raises(ValueError, match=message):
         Muon([group])
+
+
+@pytest.mark.parametrize(("name", "split"), [("dion3", "rows(9, 5, 5)"), ("dion2", "rows(13, 3, 4)")])
+def test_a_block_far_smaller_than_the_others_chooses_as_if_it_were_alone(name: str, split: str) -> None:
+    rule, cut, shape = ALGORITHMS[name], ORACLE_SPLITS[split], SHAPES[split]
+    hyper = rule.Hyper(lr=0.05, **HYPERS[name])
+    weight, grad = tensors(shape, 2)
+    sizes = (1.0, 1e12, 1e36)
+    grad = cut.merge([size * block for size, block in zip(sizes, cut.split(grad), strict=True)], shape)
+    parameter = torch.nn.Parameter(weight.clone())
+    parameter.grad = grad.clone()
+    group = {"params": [("first", parameter)], "algorithm": name, "split": split, **HYPERS[name]}
+    optimizer = {"dion2": Dion2, "dion3": Dion3}[name]([group], lr=0.05, compile=False)
+    optimizer.step()
+    expected, _ = rule.step(weight, grad, rule.init(weight, hyper, name="first", split=cut), hyper, split=cut)
+    torch.testing.assert_close(parameter.detach(), expected, rtol=1e-9, atol=1e-12)

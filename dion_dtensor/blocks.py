@@ -1,0 +1,182 @@
+"""Chosen slices of logical matrices that are blocks of one parameter's rows, where shards may cut the blocks.
+
+The parameter stays as it lies, and only the chosen slices of its blocks travel; whoever works on a parameter gets those
+of all its blocks. The choice is the same on every mesh, to the last bit, as in `selection.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from dion_dtensor.assembly import elementwise, from_local, local_of, whole_dim
+from dion_dtensor.matrices import Piece, Split
+from dion_dtensor.selection import column_sums, largest_rows, on_rows, own_rows, row_sums
+from dion_dtensor.whole_matrices import on_whole_matrices
+
+__all__ = ["Blocks", "blocks_of", "on_columns_of_blocks", "on_rows_of_blocks", "scaled_where"]
+
+Function = Callable[..., Any]
+Number = Callable[[int], int]
+"""Slices to be chosen of so many."""
+
+
+class Blocks(NamedTuple):
+    """The logical matrices of a parameter ``[height, n]``.
+
+    Attributes:
+        split: of the parameter.
+        pieces: by shape.
+        rows: for each piece ``[count, m]``, which of the parameter's rows its matrices have.
+        owner: ``[height]``, the number of the matrix that has each row.
+        heights: rows of each matrix.
+        n: columns of all.
+    """
+
+    split: Split
+    pieces: tuple[Piece, ...]
+    rows: tuple[Tensor, ...]
+    owner: Tensor
+    heights: tuple[int, ...]
+    n: int
+
+
+def blocks_of(split: Split, stack: Tensor) -> Blocks:
+    """Of each parameter in a stack ``[N, height, n]``.
+
+    Args:
+        split: into blocks of rows.
+        stack: a tensor or a DTensor.
+    """
+    height, n = stack.shape[1:]
+    pieces = split.pieces((height, n))
+    numbered = split.split(torch.arange(height, device=stack.device).view(1, -1, 1))
+    rows = tuple(stack.flatten(1) for stack in numbered)
+    heights = tuple(piece.m for piece in pieces for _ in range(piece.count))
+    numbers = [
+        torch.arange(p.first, p.first + p.count, device=stack.device).repeat_interleave(p.m) for p in pieces
+    ]
+    order = torch.cat([some.flatten() for some in rows])
+    owner = torch.empty_like(order).scatter(0, order, torch.cat(numbers))
+    return Blocks(split, pieces, rows, owner, heights, n)
+
+
+def on_rows_of_blocks(
+    function: Function,
+    stack: Tensor,
+    norms_of: Tensor,
+    blocks: Blocks,
+    which: Sequence[int],
+    number: Number,
+    *states: Tensor,
+    assemble: bool = False,
+) -> tuple[Any, Tensor]:
+    """``function`` on whole matrices made of the rows of largest norm of each logical matrix.
+
+    Args:
+        function: as in :func:`on_rows`, of stacks of rows chosen of logical matrices.
+        stack: ``[N, height, n]``, what it works on.
+        norms_of: likewise, by whose row sums is chosen.
+        blocks: of each of the N parameters.
+        which: pieces whose rows are chosen; nothing is chosen of the others.
+        number: rows to be chosen of a matrix.
+        states: ``[N, height, 1]``, a value for each row.
+        assemble: as in :func:`on_rows`.
+
+    Returns:
+        The result of :func:`on_rows`, and the chosen rows ``[N, k]``, indices into those of the parameter.
+    """
+    sums = row_sums(norms_of, blocks.owner, len(blocks.heights))
+    taken = [(blocks.pieces[i], blocks.rows[i], number(blocks.pieces[i].m)) for i in which]
+    chosen = []
+    for piece, rows, k in taken:
+        own = largest_rows(sums[:, rows.flatten()].view(-1, piece.m), k).view(-1, piece.count, k)
+        chosen.append(rows.expand(len(own), -1, -1).gather(2, own).flatten(1))
+
+    def on_pieces(*values: Tensor) -> Any:
+        cut = zip(
+            *(torch.split(one, [p.count * k for p, _, k in taken], dim=1) for one in values), strict=True
+        )
+        made = []
+        for (_, _, k), parts in zip(taken, cut, strict=True):
+            # Contiguous, so that sums run in the same order as on one device.
+            result = function(*(part.contiguous().view(-1, k, part.shape[2]) for part in parts))
+            result = result if isinstance(result, tuple) else (result,)
+            made.append([one.view(part.shape) for one, part in zip(result, parts, strict=True)])
+        joined = tuple(torch.cat(results, dim=1) for results in zip(*made, strict=True))
+        return joined if states else joined[0]
+
+    every = torch.cat(chosen, dim=1)
+    return on_rows(on_pieces, stack, every, *states, assemble=assemble), every
+
+
+def on_columns_of_blocks(
+    function: Function,
+    stack: Tensor,
+    norms_of: Tensor,
+    blocks: Blocks,
+    which: Sequence[int],
+    number: Number,
+) -> tuple[Tensor, Tensor]:
+    """``function`` on whole matrices made of the columns of largest norm of each logical matrix, transposed.
+
+    Args:
+        function: of stacks ``[j, k, m]``.
+        stack, norms_of, blocks, which, number: as in :func:`on_rows_of_blocks`. Of ``stack``, columns that are sharded
+            are assembled.
+
+    Returns:
+        ``[N, height, n]``, zero but for the chosen columns of the logical matrices, and which those are, as zeros and
+        ones.
+    """
+    storage = stack
+    stack = whole_dim(stack, 2)
+    sums = column_sums(norms_of, blocks.owner, blocks.heights)
+    taken = {index: number(blocks.n) for index in which}
+    most, matrices = max(taken.values()), len(blocks.heights)
+    chosen = sums.new_zeros(len(sums), matrices, most, dtype=torch.long)
+    valid = torch.zeros(matrices, most, dtype=torch.bool, device=sums.device)
+    for index, k in taken.items():
+        piece = blocks.pieces[index]
+        numbers = slice(piece.first, piece.first + piece.count)
+        own = largest_rows(sums[:, numbers].reshape(-1, blocks.n), k)
+        chosen[:, numbers, :k] = own.view(-1, piece.count, k)
+        valid[numbers, :k] = True
+    owner = own_rows(blocks.owner, stack)
+    columns, real = chosen[:, owner], valid[owner]
+
+    def on_pieces(whole: Tensor) -> Tensor:
+        made = []
+        for index, part in enumerate(blocks.split.split(whole)):
+            k = taken.get(index, 0)
+            result = part.new_zeros(part.shape)
+            if k:
+                result[..., :k] = function(part[..., :k].mT.contiguous()).mT
+            made.append(result)
+        return blocks.split.merge(made, whole.shape[1:])
+
+    def laid(local: Tensor) -> Tensor:
+        if not isinstance(stack, DTensor):
+            return local
+        shape = (*stack.shape[:2], local.shape[2])
+        return from_local(local, stack.device_mesh, stack.placements, shape)
+
+    def as_stored(local: Tensor) -> Tensor:
+        lying = laid(local)
+        return lying.redistribute(placements=storage.placements) if isinstance(storage, DTensor) else lying  # type: ignore[attr-defined]
+
+    values = torch.where(real, local_of(stack).gather(2, columns), 0)
+    result = local_of(on_whole_matrices(on_pieces, laid(values)))
+    mask = torch.zeros_like(local_of(stack)).scatter_add(2, columns, real.expand_as(values).to(values.dtype))
+    spread = torch.zeros_like(local_of(stack), dtype=result.dtype)
+    spread = spread.scatter_add(2, columns, torch.where(real, result, 0))
+    return as_stored(spread), as_stored(mask)
+
+
+def scaled_where(stack: Tensor, mask: Tensor, factor: Any) -> Tensor:
+    """``stack`` multiplied by ``factor`` where ``mask`` is not zero."""
+    return elementwise(lambda values, ones: torch.where(ones != 0, values * factor, values), stack, mask)
