@@ -241,18 +241,19 @@ def checked_claims(adapter: Adapter, path: str) -> Capabilities:
 
 
 def check_dialects(claims: Capabilities, vectors: VectorSet, path: str) -> None:
-    """Refuses claims of conventions that no vector has.
+    """Refuses claims of conventions that no vector has, of any algorithm.
 
     Raises:
         AdapterError: names the dialect and those that there are.
     """
+    known = dict.fromkeys(case.dialect for case in vectors)
     for algorithm, dialects in claims.algorithms.items():
-        known = dict.fromkeys(case.dialect for case in vectors if case.algorithm == algorithm)
         for one in dialects:
-            if known and one not in known and one != "*":
+            if one not in known and one != "*":
+                own = dict.fromkeys(case.dialect for case in vectors if case.algorithm == algorithm)
                 raise AdapterError(
                     f"{path!r}: Capabilities.algorithms[{algorithm!r}] has the dialect {one!r}; known are "
-                    f"{', '.join(known)}"
+                    f"{', '.join(own or known)}"
                 )
 
 

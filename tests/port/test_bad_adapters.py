@@ -12,8 +12,9 @@ import pytest
 from typer.testing import CliRunner
 
 from conformance import adapters
-from conformance.adapters import AdapterError, Capabilities, checked_claims, find
+from conformance.adapters import AdapterError, Capabilities, check_dialects, checked_claims, find
 from conformance.cli import app
+from conformance.vectors import load
 
 SOURCES = {
     "exits": ("import sys; sys.exit(0)", "SystemExit: 0"),
@@ -91,3 +92,9 @@ def test_a_port_that_ends_the_process_ends_with_status_two(
     assert message in done.stderr
     assert "bad_leaves:x" in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["ours", "oracle", "torch_muon"])
+def test_what_shipped_ports_claim_is_known(name: str) -> None:
+    path = f"conformance.adapters.{name}:adapter"
+    check_dialects(checked_claims(find(path), path), load(), path)
