@@ -83,9 +83,15 @@ def _problems(members: Sequence[Member]) -> list[str]:
     both = torch.tensor([*mine, *(-code for code in mine)])
     meshes = _meshes(members)
     # Parameters may lie on several meshes: what one of them learns is carried to the ranks of the next.
-    for mesh in meshes * len(meshes):
-        both = agreed_maximum(both.to(mesh.device_type), mesh)
-    agreed = both.tolist()
+    try:
+        for mesh in meshes * len(meshes):
+            both = agreed_maximum(both.to(mesh.device_type), mesh)
+        agreed = both.tolist()
+    except RuntimeError as error:
+        raise RuntimeError(
+            "no parameter was changed by this step: the ranks could not agree on the gradients; has a rank died? "
+            f"({error})"
+        ) from error
     largest, smallest = agreed[: len(members)], [-code for code in agreed[len(members) :]]
     texts = []
     for member, own, high, low in zip(members, mine, largest, smallest, strict=True):

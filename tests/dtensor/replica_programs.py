@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from conformance.process_groups import shared_group, shared_mesh
@@ -156,3 +156,43 @@ def split_without_averages(name: str) -> float | None:
             optimizer.step()
     alone, ours = (parameter.detach() - weight for parameter in parameters)
     return float((ours - alone).norm() / alone.norm())
+
+
+def momenta_apart(resync_every: int, steps: int) -> list[float] | None:
+    """After each step how far this rank's momentum is from the ranks' average, in Dion without averaged gradients."""
+    group = shared_group(4)
+    rank = torch.distributed.get_rank()
+    if rank >= 4:
+        return None
+    model = Layers()
+    options = {"replicate_mesh": group, "averaged": False, "resync_every": resync_every, "path": "low_rank"}
+    optimizer = make("dion", model, **options)
+    apart = []
+    for batch in batches(steps):
+        optimizer.zero_grad()
+        model(batch[rank]).square().mean().backward()
+        optimizer.step()
+        momentum = optimizer.state[model.first.weight]["momentum"].detach()
+        mean = momentum.clone()
+        torch.distributed.all_reduce(mean, group=group)
+        apart.append(float((momentum - mean / 4).norm() / mean.norm()))
+    return apart
+
+
+def flattened(sharded: bool, steps: int = 2) -> list[Tensor] | None:
+    """Weights of a model that FSDP2 shards over two axes of a mesh, flattened into one; or of the plain model."""
+    model = Layers()
+    if sharded:
+        mesh = shared_mesh((2, 2), ("outer", "inner"))
+        if mesh.get_coordinate() is None:
+            return None
+        fully_shard(model, mesh=mesh["outer", "inner"]._flatten("both"))
+    optimizer = make("muon", model)
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+            own = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            parameter.grad = drawn if own is None else distribute_tensor(drawn, own, parameter.placements)  # type: ignore[attr-defined]
+        optimizer.step()
+    return [whole(parameter) for parameter in model.parameters()]

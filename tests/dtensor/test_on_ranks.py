@@ -33,7 +33,13 @@ from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.overlap_programs import NINE, run_in_turns, steps_of
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
-from tests.dtensor.replica_programs import low_rank_steps, replicated, split_without_averages
+from tests.dtensor.replica_programs import (
+    flattened,
+    low_rank_steps,
+    momenta_apart,
+    replicated,
+    split_without_averages,
+)
 from tests.dtensor.split_programs import SHAPES as SPLITS
 from tests.dtensor.split_programs import split_steps
 
@@ -212,7 +218,15 @@ SPLIT_LAYOUTS = {
     "rows(13, 3, 4)": ["4 S0", "2x2 T0 S0", "2x2 S0 S1"],
     "heads(2)": ["4 S0", "2x2 S0 S1"],
     "columns(8, 3)": ["4 S1", "2x2 S0 S1"],
-    "experts": ["4 S0", "8 S0", "2x2 S0 S0", "2x2x2 S0 S1 S2", "2x2x2 S0 R S1", "2x2 S1 S0"],
+    "experts": [
+        "4 S0",
+        "8 S0",
+        "2x2 S0 S0",
+        "2x2x2 S0 S1 S2",
+        "2x2x2 S0 R S1",
+        "2x2x2x1 S0 R S1 S2",
+        "1x2x2x2 S0 R S1 S2",
+    ],
     "flatten": ["4 S0", "2x2 S0 S2"],
 }
 
@@ -246,6 +260,19 @@ def test_replicas_share_the_work_and_agree(ranks: Ranks, name: str) -> None:
 @pytest.mark.parametrize("name", ["muon", "dion", "dion2"])
 def test_split_weights_may_have_gradients_that_are_not_averaged(ranks: Ranks, name: str) -> None:
     assert max(ranks.run(4, split_without_averages, name)) < 1e-11
+
+
+def test_the_momentum_is_averaged_again_as_often_as_asked_for(ranks: Ranks) -> None:
+    apart = ranks.run(4, momenta_apart, 2, 4)
+    # Averaged after the second and the fourth step alone.
+    assert [[error > 1e-3 for error in steps] for steps in apart] == [[True, False, True, False]] * 4
+    assert max(steps[step] for steps in apart for step in (1, 3)) < 1e-14
+
+
+def test_a_flattened_mesh_is_a_mesh(ranks: Ranks) -> None:
+    expected = on_one_thread(flattened, False)
+    for result in ranks.run(4, flattened, True):
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
 
 
 def test_low_rank_sync_is_the_synchronous_run(ranks: Ranks) -> None:
