@@ -72,6 +72,7 @@ def run_steps(
     dtype: torch.dtype = torch.float64,
     data: Problem | None = None,
     states: bool = True,
+    split: str | None = None,
     **options: Any,
 ) -> dict[str, list[Tensor]] | None:
     """Full weights and state after ``steps``; on one device if ``layout`` is None; None on ranks outside the mesh."""
@@ -86,6 +87,8 @@ def run_steps(
     parameters = [torch.nn.Parameter(laid(weight)) for weight in weights]
     named = [(f"w{index}", parameter) for index, parameter in enumerate(parameters)]
     group = {"params": named, "algorithm": "dion" if name == "orth_dion" else name}
+    if split is not None:
+        group["split"] = split
     optimizer = OPTIMIZERS[name]([group], lr=0.05, weight_decay=0.1, **OWN.get(name, {}), **options)
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):

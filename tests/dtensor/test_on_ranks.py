@@ -12,8 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
 from torch import Tensor
 from torch.torch_version import TorchVersion
 
@@ -392,50 +390,3 @@ def test_state_keys_are_the_same_on_all_ranks(ranks: Ranks, algorithm: str) -> N
     assert all(one == keys[0] for one in keys)
     assert [name for name, _ in keys[0]] == ["w0", "w1", "w2"]
     assert all(found == (["momentum"] if algorithm == "muon" else ["Q", "momentum"]) for _, found in keys[0])
-
-
-@st.composite
-def drawn_cases(draw: st.DrawFn) -> tuple[str, Layout, tuple[tuple[int, int], ...], torch.dtype]:
-    mesh = draw(st.sampled_from([(2,), (3,), (4,), (2, 2), (2, 3), (4, 2), (2, 2, 2)]))
-    codes = [draw(st.sampled_from(["R", "S0", "S1"])) for _ in mesh]
-    last = len(mesh) - 1
-    if (
-        last and codes[last][0] == "S" and draw(st.booleans())
-    ):  # as FSDP2 shards what tensor parallelism has sharded
-        codes[last - 1] = "T" + codes[last][1]
-    size = st.integers(1, 20)
-    shape = draw(st.tuples(size, size))
-    count = draw(st.integers(1, 5))
-    name = draw(st.sampled_from(EVERY))
-    dtype = draw(st.sampled_from([torch.float64, torch.float32]))
-    return name, Layout(mesh, tuple(codes)), (shape,) * count, dtype
-
-
-def check_drawn(ranks: Ranks, case: tuple[str, Layout, tuple[tuple[int, int], ...], torch.dtype]) -> None:
-    name, where, shapes, dtype = case
-    options = {"compile": False, "shapes": shapes, "dtype": dtype, "steps": 1}
-    expected = on_one_thread(run_steps, name, None, **options)
-    low_rank = name in ("dion", "orth_dion")
-    # The last columns of P of a square Gaussian matrix are worth several digits less than the others.
-    bounds = (
-        {torch.float64: 1e-9, torch.float32: 5e-2} if low_rank else {torch.float64: 0, torch.float32: 1e-5}
-    )
-    for result in ranks.run(where.world, run_steps_with, name, where, options):
-        for ours, theirs in zip(result["weight"], expected["weight"], strict=True):
-            assert error(ours, theirs) <= bounds[dtype]
-
-
-SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
-
-
-@given(case=drawn_cases())
-@settings(SETTINGS, max_examples=30, derandomize=True)
-def test_any_mesh_placements_and_shape(ranks: Ranks, case: Any) -> None:
-    check_drawn(ranks, case)
-
-
-@pytest.mark.slow
-@given(case=drawn_cases())
-@settings(SETTINGS, max_examples=300)
-def test_any_mesh_placements_and_shape_at_length(ranks: Ranks, case: Any) -> None:
-    check_drawn(ranks, case)

@@ -1,0 +1,104 @@
+"""Meshes, placements, shapes, splits and dtypes drawn by hypothesis: every layout steps as one device does."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.dtensor.layouts import Layout
+from tests.dtensor.programs import run_steps, run_steps_with
+from tests.dtensor.ranks import Ranks
+from tests.dtensor.test_on_ranks import EVERY, error, on_one_thread
+
+COMPUTED = ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16))
+# By compute dtype. The last columns of P of a square Gaussian matrix are worth several digits less than the others.
+LOW_RANK = {torch.float64: 1e-9, torch.float32: 5e-2, torch.bfloat16: 1e-1}
+WHOLE = {torch.float64: 0.0, torch.float32: 1e-5, torch.bfloat16: 1e-2}
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """Some parameters of one shape on one layout."""
+
+    name: str
+    where: Layout
+    shape: tuple[int, int]
+    count: int
+    split: str | None
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+
+
+@st.composite
+def drawn_splits(draw: st.DrawFn, shape: tuple[int, int]) -> str | None:
+    """Blocks of rows or of columns of any sizes, heads, or interleaved rows."""
+    kind = draw(st.sampled_from(["none", "rows", "columns", "heads", "interleaved"]))
+    size = shape[1] if kind == "columns" else shape[0]
+    if kind == "none" or size < 2:
+        return None
+    divisors = [count for count in range(2, size + 1) if size % count == 0]
+    if kind == "heads":
+        return f"heads({draw(st.sampled_from(divisors))})"
+    groups = draw(st.sampled_from(divisors)) if kind == "interleaved" else 1
+    height = size // groups
+    cuts = draw(st.lists(st.integers(1, height - 1), max_size=3, unique=True)) if height > 1 else []
+    ends = [0, *sorted(cuts), height]
+    sizes = ", ".join(str(end - start) for start, end in itertools.pairwise(ends))
+    if kind == "interleaved":
+        return f"interleaved_rows(({sizes},), {groups}, {draw(st.booleans())})"
+    return f"{kind}({sizes})"
+
+
+@st.composite
+def drawn(draw: st.DrawFn) -> Drawn:
+    """Any combination."""
+    mesh = draw(st.sampled_from([(2,), (3,), (4,), (2, 2), (2, 3), (4, 2), (2, 2, 2)]))
+    codes = [draw(st.sampled_from(["R", "S0", "S1"])) for _ in mesh]
+    last = len(mesh) - 1
+    if last and codes[last][0] == "S" and draw(st.booleans()):  # as FSDP2 shards what is tensor parallel
+        codes[last - 1] = "T" + codes[last][1]
+    shape = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
+    split = draw(drawn_splits(shape))
+    dtype, compute_dtype = draw(st.sampled_from(COMPUTED))
+    name, count = draw(st.sampled_from(EVERY)), draw(st.integers(1, 5))
+    return Drawn(name, Layout(mesh, tuple(codes)), shape, count, split, dtype, compute_dtype)
+
+
+def check(ranks: Ranks, case: Drawn) -> None:
+    options = {
+        "compile": False, "shapes": (case.shape,) * case.count, "split": case.split, "dtype": case.dtype,
+        "compute_dtype": case.compute_dtype, "steps": 1,
+    }  # fmt: skip
+    expected = on_one_thread(run_steps, case.name, None, **options)
+    bounds = LOW_RANK if case.name in ("dion", "orth_dion") else WHOLE
+    for result in ranks.run(case.where.world, run_steps_with, case.name, case.where, options):
+        for ours, theirs in zip(result["weight"], expected["weight"], strict=True):
+            assert error(ours, theirs) <= bounds[case.compute_dtype]
+
+
+SETTINGS = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], database=None)
+
+
+@given(case=drawn())
+@settings(SETTINGS, max_examples=60, derandomize=True)
+def test_any_mesh_placements_shape_split_and_dtype(ranks: Ranks, case: Drawn) -> None:
+    check(ranks, case)
+
+
+@given(case=drawn())
+@settings(SETTINGS, max_examples=20, derandomize=True)
+def test_any_split_in_float64_has_the_bits_of_one_device(ranks: Ranks, case: Drawn) -> None:
+    name = {"dion": "dion2", "orth_dion": "dion3"}.get(case.name, case.name)
+    check(ranks, replace(case, name=name, dtype=torch.float64, compute_dtype=torch.float64))
+
+
+@pytest.mark.slow
+@given(case=drawn())
+@settings(SETTINGS, max_examples=300)
+def test_any_mesh_placements_shape_split_and_dtype_at_length(ranks: Ranks, case: Drawn) -> None:
+    check(ranks, case)
