@@ -164,7 +164,7 @@ def run_vectors(
     failed: Sequence[tuple[str, str]] = [
         (one.case, one.dtype)
         for one in run.verdicts
-        if one.status in (FAIL, XFAIL) and one.level in ("L1", "L2")
+        if one.status == FAIL and one.level in ("L1", "L2")
     ]
     run.fits = fits(vectors, run.outcomes, failed)
     return run
