@@ -26,6 +26,7 @@ __all__ = [
     "elementwise",
     "from_local",
     "is_pending",
+    "laid_like",
     "local_of",
     "norm",
     "own_shard",
@@ -90,6 +91,13 @@ def own_shard(tensor: Tensor, layout: StorageLayout) -> Tensor:
     if not algebra.same(tensor.placements, layout.placements):
         tensor = tensor.redistribute(placements=layout.placements)
     return tensor.to_local()
+
+
+def laid_like(tensor: Tensor, other: Tensor) -> Tensor:
+    """``tensor``, whole on every rank in the dims that ``other`` shards beyond it, lying as ``other`` does."""
+    if not isinstance(tensor, DTensor) or not isinstance(other, DTensor):
+        return tensor
+    return tensor.redistribute(placements=other.placements)
 
 
 def scattered(values: Tensor, layout: StorageLayout) -> Tensor:

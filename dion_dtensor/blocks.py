@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dion_dtensor.assembly import elementwise, from_local, local_of, whole_dim
+from dion_dtensor.assembly import elementwise, from_local, laid_like, local_of, whole_dim
 from dion_dtensor.matrices import Piece, Split
 from dion_dtensor.selection import column_sums, largest_rows, on_rows, own_rows, row_sums
 from dion_dtensor.whole_matrices import on_whole_matrices
@@ -165,16 +165,12 @@ def on_columns_of_blocks(
         shape = (*stack.shape[:2], local.shape[2])
         return from_local(local, stack.device_mesh, stack.placements, shape)
 
-    def as_stored(local: Tensor) -> Tensor:
-        lying = laid(local)
-        return lying.redistribute(placements=storage.placements) if isinstance(storage, DTensor) else lying  # type: ignore[attr-defined]
-
     values = torch.where(real, local_of(stack).gather(2, columns), 0)
     result = local_of(on_whole_matrices(on_pieces, laid(values)))
     mask = torch.zeros_like(local_of(stack)).scatter_add(2, columns, real.expand_as(values).to(values.dtype))
     spread = torch.zeros_like(local_of(stack), dtype=result.dtype)
     spread = spread.scatter_add(2, columns, torch.where(real, result, 0))
-    return as_stored(spread), as_stored(mask)
+    return laid_like(laid(spread), storage), laid_like(laid(mask), storage)
 
 
 def scaled_where(stack: Tensor, mask: Tensor, factor: Any) -> Tensor:

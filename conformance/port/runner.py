@@ -162,9 +162,7 @@ def run_vectors(
         if worker is not None:
             worker.close()
     failed: Sequence[tuple[str, str]] = [
-        (one.case, one.dtype)
-        for one in run.verdicts
-        if one.status == FAIL and one.level in ("L1", "L2")
+        (one.case, one.dtype) for one in run.verdicts if one.status == FAIL and one.level in ("L1", "L2")
     ]
     run.fits = fits(vectors, run.outcomes, failed)
     return run

@@ -31,7 +31,7 @@ def _serve(rank: int, world: int, port: int, pipe: Connection) -> None:
         store=torch.distributed.TCPStore("localhost", port, is_master=False),
         rank=rank,
         world_size=world,
-        timeout=datetime.timedelta(seconds=60),
+        timeout=datetime.timedelta(seconds=180),  # a loaded machine is slow to import
     )
     while (work := _received(pipe)) is not None:
         function, arguments = work
