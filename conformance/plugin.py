@@ -19,9 +19,11 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
+    from conformance.port.grading import Verdict
     from conformance.port.runner import Selection
 
 FIXTURE = "conformance_case"
+MESHES = ("L3", "L4")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -29,13 +31,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("conformance", "hold a port to the oracle")
     group.addoption("--port", help="adapter: package.module:object, or a registered name")
     group.addoption(
-        "--port-level", default="L0-L2", help="levels, such as L0-L2 (L3 and L4 need `conformance port`)"
+        "--port-level", default="L0-L2", help="levels, such as L0-L4 (L5 needs `conformance port`)"
     )
     group.addoption("--port-dtype", action="append", help="only this compute dtype (repeatable)")
     group.addoption("--port-case", action="append", help="only ids that match this glob (repeatable)")
     group.addoption("--port-skip", type=Path, help="file of cases not to run: `pattern  # reason`")
     group.addoption("--port-xfail", type=Path, help="file of cases that have to fail, likewise")
     group.addoption("--port-timeout", type=float, default=60.0, help="seconds that a case may take")
+    group.addoption("--port-nproc", type=int, default=4, help="local ranks for L3 and L4")
     group.addoption("--port-device", default="cpu", choices=("cpu", "cuda"), help="where the port computes")
 
 
@@ -50,21 +53,30 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         return
     from conformance.port.selection import reason
 
-    selection, vectors, claims = _setup(metafunc.config)
+    selection, _, _ = _setup(metafunc.config)
+    parameters = []
+    for case, dtype, known in _jobs(metafunc.config):
+        if known is not None and known.status != "skip":
+            continue
+        marks = [] if known is None else [pytest.mark.skip(reason=known.message)]
+        if (why := reason(selection.xfail, case, dtype)) is not None:
+            marks.append(pytest.mark.xfail(reason=why, strict=True))
+        parameters.append(pytest.param((case, dtype), marks=marks, id=f"{case}@{dtype}"))
+    metafunc.parametrize(FIXTURE, parameters, indirect=True)
+
+
+def _jobs(config: pytest.Config) -> list[tuple[str, str, Verdict | None]]:
+    """Ids and dtypes of all selected cases, with the verdict where it is known without running it."""
     from conformance.port.runner import jobs
 
-    parameters = []
-    for case, dtype, known in jobs(claims, vectors, selection):
-        skipped_for = reason(selection.skip, case.id, dtype)
-        if known is not None and skipped_for is None:
-            continue
-        marks = []
-        if skipped_for is not None:
-            marks.append(pytest.mark.skip(reason=skipped_for))
-        if (why := reason(selection.xfail, case.id, dtype)) is not None:
-            marks.append(pytest.mark.xfail(reason=why, strict=True))
-        parameters.append(pytest.param((case.id, dtype), marks=marks, id=f"{case.id}@{dtype}"))
-    metafunc.parametrize(FIXTURE, parameters, indirect=True)
+    selection, vectors, claims = _setup(config)
+    found = [(case.id, dtype, known) for case, dtype, known in jobs(claims, vectors, selection)]
+    if set(MESHES) & set(selection.levels) & set(claims.levels):
+        from conformance.port.meshes import mesh_jobs
+
+        ranks = config.getoption("--port-nproc")
+        found += [(c.id, dtype, known) for c, dtype, known in mesh_jobs(claims, vectors, selection, ranks)]
+    return found
 
 
 def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
@@ -75,7 +87,6 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
         return found
     from conformance.adapters import AdapterError, check_dialects
     from conformance.port.command import all_ids, claims_of, selection_of
-    from conformance.port.runner import jobs
     from conformance.port.selection import SelectionError, check_known
     from conformance.vectors import VectorError, load
 
@@ -93,22 +104,17 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
         claims = claims_of(option("--port"), option("--port-timeout"), option("--port-device"))
         check_dialects(claims, vectors, option("--port"))
         check_known((*selection.skip, *selection.xfail), lambda: all_ids(claims, vectors))
-        if all(
-            known is not None and known.status != "skip" for _, _, known in jobs(claims, vectors, selection)
-        ):
+        config._conformance = selection, vectors, claims  # type: ignore[attr-defined]
+        if all(known is not None and known.status != "skip" for _, _, known in _jobs(config)):
             raise SelectionError(f"no case that {option('--port')} claims is selected{_elsewhere(selection)}")
     except (AdapterError, SelectionError, VectorError) as error:
         raise pytest.UsageError(str(error)) from error
-    config._conformance = selection, vectors, claims  # type: ignore[attr-defined]
     return selection, vectors, claims
 
 
 def _elsewhere(selection: Selection) -> str:
     """What is said of levels that were asked for, and are not run here."""
-    from conformance.vectors.checks import LEVELS
-
-    left = [level for level in selection.levels if level not in LEVELS]
-    return f"; {', '.join(left)}: the plugin runs L0-L2, `conformance port` the others" if left else ""
+    return "; L5: the plugin runs L0-L4, `conformance port` the others" if "L5" in selection.levels else ""
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -139,14 +145,32 @@ def conformance_case(request: pytest.FixtureRequest) -> Callable[[], None]:
 
     identity, dtype = request.param
     _, vectors, claims = _setup(request.config)
-    worker = request.getfixturevalue("_conformance_worker")
+    meshes = identity.startswith(MESHES)
+    worker = None if meshes else request.getfixturevalue("_conformance_worker")
 
     def run() -> None:
-        case = vectors[identity]
-        verdict = grade(case, dtype, worker.run(case, dtype), claims.states)
+        if worker is None:
+            verdict = _on_ranks(request.config, identity, dtype)
+        else:
+            case = vectors[identity]
+            verdict = grade(case, dtype, worker.run(case, dtype), claims.states)
         if verdict.status == UNDECIDED:
             pytest.skip(verdict.message)
         if verdict.status not in (PASS, ACCEPTABLE):
             pytest.fail(f"{verdict.status}: {verdict.message}\n{verdict.details}", pytrace=False)
 
     return run
+
+
+def _on_ranks(config: pytest.Config, case: str, dtype: str) -> Verdict:
+    """The verdict on one case of L3 or L4, on ranks of its own."""
+    from conformance.port.meshes import run_meshes
+    from conformance.port.runner import Selection
+
+    _, vectors, claims = _setup(config)
+    option = config.getoption
+    (verdict,) = run_meshes(
+        option("--port"), claims, vectors, Selection(MESHES, (dtype,), (case,)),
+        ranks=option("--port-nproc"), device=option("--port-device"), timeout=option("--port-timeout"),
+    )  # fmt: skip
+    return verdict

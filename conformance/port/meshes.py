@@ -84,16 +84,12 @@ def run_meshes(
     """
     verdicts: list[Verdict] = []
     todo: list[Job] = []
-    for case in mesh_cases(claimed_hypers(port, vectors), selection.levels, shapes):
-        for dtype in selection.dtypes or port.dtypes:
-            if not selection.wants(case.id, case.level, dtype):
-                continue
-            known = _known(case, dtype, port, selection, ranks)
-            if known is not None:
-                verdicts.append(known)
-                on_verdict(known)
-            else:
-                todo.append((case, dtype))
+    for case, dtype, known in mesh_jobs(port, vectors, selection, ranks, shapes):
+        if known is not None:
+            verdicts.append(known)
+            on_verdict(known)
+        else:
+            todo.append((case, dtype))
     folder = checkpoint_folder()
     try:
         while todo:
@@ -132,6 +128,22 @@ def run_meshes(
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return verdicts
+
+
+def mesh_jobs(
+    port: Capabilities,
+    vectors: VectorSet,
+    selection: Selection,
+    ranks: int,
+    shapes: tuple[int, ...] = EVERY,
+) -> list[tuple[MeshCase, str, Verdict | None]]:
+    """Every selected (case, dtype) of L3 and L4, with the verdict where it is known without running it."""
+    return [
+        (case, dtype, _known(case, dtype, port, selection, ranks))
+        for case in mesh_cases(claimed_hypers(port, vectors), selection.levels, shapes)
+        for dtype in selection.dtypes or port.dtypes
+        if selection.wants(case.id, case.level, dtype)
+    ]
 
 
 def _start(

@@ -228,6 +228,21 @@ def test_the_plugin_runs_the_same_selection_in_parallel(tmp_path: Path) -> None:
     assert "conformance: broken: nan" in said
 
 
+def test_the_plugin_runs_meshes_too(tmp_path: Path) -> None:
+    (tmp_path / "xfail").write_text("L4/muon/dion/4-S0  # rank two raises there\n")
+    (tmp_path / "test_it.py").write_text("def test_conformance(conformance_case):\n    conformance_case()\n")
+    command = [
+        *(sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider"),
+        *("--port", "tests.port.ports:raises_on_ranks"),
+        *("--port-level", "L3-L4", "--port-case", "L4/muon/dion/[248]-S0", "--port-xfail", str(tmp_path / "xfail")),
+    ]  # fmt: skip
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=170)
+    assert "1 passed, 1 skipped, 1 xfailed" in done.stdout, done.stdout
+    assert "needs 8 ranks" in done.stdout
+    assert "PASSED test_it.py::test_conformance[L4/muon/dion/2-S0@float64]" in done.stdout
+
+
 @pytest.mark.parametrize(
     "more", [["--port", "no.such:adapter"], ["--port", "tests.port.ports:perfect", "--port-level", "L8"]]
 )

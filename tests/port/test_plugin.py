@@ -18,6 +18,7 @@ GIVEN: dict[str, Any] = {
     "--port-xfail": None,
     "--port-timeout": 60.0,
     "--port-device": "cpu",
+    "--port-nproc": 4,
 }
 
 
@@ -29,7 +30,7 @@ def config(**options: Any) -> Any:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"level": "L3-L4"}, r"L3, L4: the plugin runs L0-L2, `conformance port` the others"),
+        ({"level": "L5"}, r"L5: the plugin runs L0-L4, `conformance port` the others"),
         ({"case": ["nosuch"]}, "no case that conformance.adapters.oracle:adapter claims is selected"),
         ({"level": "L3", "case": ["L1/*"]}, "is selected"),
     ],
@@ -43,14 +44,15 @@ def test_nothing_to_test_is_a_usage_error(
 
 
 def test_claims_that_select_nothing_are_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    _claims(monkeypatch, levels=("L4",))
+    _claims(monkeypatch, levels=("L5",))
     with pytest.raises(pytest.UsageError, match="is selected"):
         plugin.pytest_report_header(config())
 
 
 def test_the_header_names_levels_that_are_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
     _claims(monkeypatch)
-    assert "L3, L4: the plugin runs L0-L2" in str(plugin.pytest_report_header(config(level="L0-L4")))
+    assert "L5: the plugin runs L0-L4" in str(plugin.pytest_report_header(config(level="L0-L5")))
+    assert "the plugin runs" not in str(plugin.pytest_report_header(config(level="L0-L4")))
     assert "the plugin runs" not in str(plugin.pytest_report_header(config()))
 
 
