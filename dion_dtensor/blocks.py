@@ -74,6 +74,7 @@ def on_rows_of_blocks(
     number: Number,
     *states: Tensor,
     assemble: bool = False,
+    after: Sequence[Tensor] = (),
 ) -> tuple[Any, Tensor]:
     """``function`` on whole matrices made of the rows of largest norm of each logical matrix.
 
@@ -85,7 +86,7 @@ def on_rows_of_blocks(
         which: pieces whose rows are chosen; nothing is chosen of the others.
         number: rows to be chosen of a matrix.
         states: ``[N, height, 1]``, a value for each row.
-        assemble: as in :func:`on_rows`.
+        assemble, after: as in :func:`on_rows`.
 
     Returns:
         The result of :func:`on_rows`, and the chosen rows ``[N, k]``, indices into those of the parameter.
@@ -111,7 +112,7 @@ def on_rows_of_blocks(
         return joined if states else joined[0]
 
     every = torch.cat(chosen, dim=1)
-    return on_rows(on_pieces, stack, every, *states, assemble=assemble), every
+    return on_rows(on_pieces, stack, every, *states, assemble=assemble, after=after), every
 
 
 def on_columns_of_blocks(

@@ -7,6 +7,7 @@ which row, so nothing but the rows themselves is sent.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -125,14 +126,19 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
 
 
 @torch.library.custom_op("dion_dtensor::fetch_rows", mutates_args=())
-def fetch_rows(local: Tensor, chosen: Tensor, number: int, matrices: int) -> Tensor:
+def fetch_rows(local: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]) -> Tensor:
     """Bring the chosen rows of each matrix together.
+
+    A compiler sees no collective in here, and may order what does not depend on it differently on ranks with other
+    shapes, so that they wait for each other. So whatever else communicates comes before, by ``after``, or works with
+    the result.
 
     Args:
         local: ``[N, rows held here, n]``.
         chosen: ``[N, k]``, indices into all rows, the same on every rank.
         number: of the route.
         matrices: N, padded to a multiple of the ranks that share the work.
+        after: results of the collectives that come before.
 
     Returns:
         ``[matrices of this rank, k, n]``, zero for padding.
@@ -152,18 +158,21 @@ def fetch_rows(local: Tensor, chosen: Tensor, number: int, matrices: int) -> Ten
 
 
 @fetch_rows.register_fake
-def _(local: Tensor, chosen: Tensor, number: int, matrices: int) -> Tensor:
+def _(local: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]) -> Tensor:
     return local.new_empty(len(_routes[number].own(matrices)), chosen.shape[1], local.shape[2])
 
 
 @torch.library.custom_op("dion_dtensor::return_rows", mutates_args=())
-def return_rows(values: Tensor, chosen: Tensor, number: int, matrices: int, held_rows: int) -> Tensor:
+def return_rows(
+    values: Tensor, chosen: Tensor, number: int, matrices: int, held_rows: int, after: Sequence[Tensor]
+) -> Tensor:
     """The way back of :func:`fetch_rows`.
 
     Args:
         values: ``[matrices of this rank, k, n]``.
         chosen, number, matrices: as given there.
         held_rows: rows of each matrix that this rank holds.
+        after: as there.
 
     Returns:
         ``[N, held_rows, n]``, zero where a row was not chosen.
@@ -182,7 +191,9 @@ def return_rows(values: Tensor, chosen: Tensor, number: int, matrices: int, held
 
 
 @return_rows.register_fake
-def _(values: Tensor, chosen: Tensor, number: int, matrices: int, held_rows: int) -> Tensor:
+def _(
+    values: Tensor, chosen: Tensor, number: int, matrices: int, held_rows: int, after: Sequence[Tensor]
+) -> Tensor:
     return values.new_empty(chosen.shape[0], held_rows, values.shape[2])
 
 

@@ -155,7 +155,12 @@ def scaled_rows(stack: Tensor, chosen: Tensor, factor: Any) -> Tensor:
 
 
 def on_rows(
-    function: Callable[..., Any], stack: Tensor, chosen: Tensor, *states: Tensor, assemble: bool = False
+    function: Callable[..., Any],
+    stack: Tensor,
+    chosen: Tensor,
+    *states: Tensor,
+    assemble: bool = False,
+    after: Sequence[Tensor] = (),
 ) -> Any:
     """``function`` on whole matrices made of the chosen rows; where rows are sharded, only those travel.
 
@@ -166,12 +171,13 @@ def on_rows(
         chosen: ``[N, k]``, ascending indices of rows, the same on every rank (:func:`largest_rows`).
         states: ``[N, m, 1]``, a value for each row.
         assemble: bring all rows together before the choice, by ordinary collectives.
+        after: what other collectives of the step gave; see :func:`fetch_rows`.
 
     Returns:
         ``[N, m, n]``, zero but for the chosen rows; with ``states`` a tuple, with each of them changed in these rows.
     """
     if isinstance(stack, DTensor):
-        result = _on_shards(function, stack, chosen, states, assemble)
+        result = _on_shards(function, stack, chosen, states, assemble, after)
     else:
         result = function(_rows(stack, chosen), *(_rows(state, chosen) for state in states))
         result = result if isinstance(result, tuple) else (result,)
@@ -186,6 +192,7 @@ def _on_shards(
     chosen: Tensor,
     states: tuple[Tensor, ...],
     assemble: bool,
+    after: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """The directions as ``stack`` lies, and the new values ``[N, k, 1]`` of the states on every rank."""
     mesh, storage, local = stack.device_mesh, stack.placements, stack.to_local()
@@ -194,19 +201,17 @@ def _on_shards(
     exchanged = bool(axes) and not assemble
     split: tuple[int, ...] = ()
     number = padded = 0
+    whole = [local_of(whole_dim(state, 1)) for state in states]
     if exchanged:
         split, ranks = _sharing(mesh, storage, count)
         padded = count + -count % ranks
         number = route(mesh, storage, stack.shape[1], split)
-        rows = fetch_rows(local, chosen, number, padded)
+        rows = fetch_rows(local, chosen, number, padded, [*whole, *map(local_of, after)])
     else:
         rows = _rows(local_of(whole_dim(stack, 1)), chosen)
     placements = algebra.of_exchanged(storage, split)
     shape = _global_shape(rows, mesh, placements, n)
-    own = [
-        _own_block(_rows(local_of(whole_dim(state, 1)), chosen), mesh, split, padded or count)
-        for state in states
-    ]
+    own = [_own_block(_rows(state, chosen), mesh, split, padded or count) for state in whole]
     result = on_whole_matrices(
         function,
         from_local(rows, mesh, placements, shape),
@@ -214,12 +219,12 @@ def _on_shards(
     )
     result = result if isinstance(result, tuple) else (result,)
     values = result[0].to_local()
+    new = [_all_blocks(one.to_local(), mesh, split)[:count] for one in result[1:]]
     if exchanged:
-        back = return_rows(values, chosen, number, padded, local.shape[1])
+        back = return_rows(values, chosen, number, padded, local.shape[1], new)
         directions: Tensor = from_local(back, mesh, storage, tuple(stack.shape))
     else:
         directions = _spread(values, chosen, stack)
-    new = [_all_blocks(one.to_local(), mesh, split)[:count] for one in result[1:]]
     return directions, *new
 
 

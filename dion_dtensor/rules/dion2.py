@@ -83,16 +83,18 @@ def _on_blocks(momentum: Tensor, split: Split, hyper: Hyper) -> tuple[Tensor, Te
     tall = [index for index, piece in enumerate(blocks.pieces) if piece.m > piece.n]
     wide = [index for index, piece in enumerate(blocks.pieces) if piece.m <= piece.n]
     directions, decayed = [], momentum
-    if wide:
-        direction, chosen = on_rows_of_blocks(
-            orthonormalize, rounded, momentum, blocks, wide, number, assemble=hyper.path == "assemble"
-        )
-        directions.append(direction)
-        decayed = scaled_rows(decayed, chosen, hyper.mu)
     if tall:
         direction, mask = on_columns_of_blocks(orthonormalize, rounded, momentum, blocks, tall, number)
         directions.append(direction)
         decayed = scaled_where(decayed, mask, hyper.mu)
+    if wide:
+        direction, chosen = on_rows_of_blocks(
+            *(orthonormalize, rounded, momentum, blocks, wide, number),
+            assemble=hyper.path == "assemble",
+            after=directions,
+        )
+        directions = [*directions, direction]
+        decayed = scaled_rows(decayed, chosen, hyper.mu)
     both = len(directions) == 2
     return elementwise(torch.add, *directions) if both else directions[0], decayed
 

@@ -244,6 +244,15 @@ def test_logical_matrices_are_those_of_one_device(ranks: Ranks, split: str, name
                         assert torch.equal(ours, theirs), (where, key)
 
 
+@pytest.mark.parametrize("name", ["normuon", "dion2", "dion3"])
+def test_compiled_blocks_of_both_kinds_agree_where_shards_differ(ranks: Ranks, name: str) -> None:
+    split = "rows(13, 3, 4)"
+    expected = on_one_thread(split_steps, name, split, None, {"compile": False})
+    for result in ranks.run(3, split_steps, name, split, layout("3 S0"), {"compile": True}):
+        for key, values in expected.items():
+            assert all(error(a, b) < 1e-14 for a, b in zip(result[key], values, strict=True)), key
+
+
 @pytest.mark.parametrize("name", ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3", "adamw", "lion"])
 def test_replicas_share_the_work_and_agree(ranks: Ranks, name: str) -> None:
     expected = on_one_thread(replicated, name, "plain")
@@ -310,7 +319,9 @@ EVERY = ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3"]
     [
         *cases(["muon", "dion"], COMPILED, COMPILED[:2]),
         *cases([name for name in EVERY if name not in ("muon", "dion", "dion3")], COMPILED, COMPILED[:1]),
-        *cases(["dion3"], COMPILED, COMPILED[:3:2]),  # also where replicas share the chosen rows
+        *cases(
+            ["dion3"], COMPILED, [*COMPILED[:3:2], COMPILED[3]]
+        ),  # also where replicas share the chosen rows
     ],
 )
 def test_compiled_agrees(ranks: Ranks, name: str, where: Layout) -> None:
