@@ -57,7 +57,7 @@ def mutants() -> list[Mutant]:
             _in(dion2, "scaled_rows", lambda _: lambda X, chosen, factor: X * factor)),
         one("momentum decayed on no row", "L1", "dion3", _in(dion3, "scaled_rows", lambda _: lambda X, chosen, mu: X)),
         one("one slice too few", "L1", "dion2",
-            _in(dion2, "count", lambda f: lambda share, size: max(1, f(share, size) - 1))),
+            _in(dion2, "slices", lambda f: lambda share, size: max(1, f(share, size) - 1))),
         one("rows normalized by the old variance", "L1", "normuon",
             _in(normuon, "normalized_rows", lambda f: lambda U, v, b, e: (f(U, v / b, 1.0, e)[0], f(U, v, b, e)[1]))),
         one("norms of a shard", "L4", "dion", _in(dion, "norm", lambda _: _local_norm), "4-S0", "2x2-S0S1"),
