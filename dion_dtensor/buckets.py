@@ -110,8 +110,9 @@ class Bucket:
         if form is None:
             return "-"
         if form.kind == "whole" and form.entry.mesh is not None:
-            cut = isinstance(form.split, self.rule.cuts)
-            return self.rule.way if cut else "assembled with its whole parameter and state"
+            if not isinstance(form.split, self.rule.cuts):
+                return "assembled with its whole parameter and state"
+            return WAYS.get(self.group.get("path", ""), self.rule.way)
         if not any(form.entry.axes_sharding(dim) for dim in (0, 1)):
             return "local"
         choice = self.choice

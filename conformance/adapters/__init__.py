@@ -157,9 +157,8 @@ def find(path: str) -> Adapter:
     else:
         module_name, _, name = path.partition(":")
         if module_name.endswith(".py"):
-            raise AdapterError(
-                f"{path!r} names a file; give the module: {module_name.removesuffix('.py').replace('/', '.')}:{name}"
-            )
+            module_name = module_name.removesuffix(".py").strip("./").replace("/", ".")
+            raise AdapterError(f"{path!r} names a file; give the module: {module_name}:{name}")
         if not all(part.isidentifier() for part in module_name.split(".")):
             raise AdapterError(f"{path!r} is not package.module:object")
         module = _tried(

@@ -14,7 +14,21 @@ from torch import Tensor, nn
 from conformance.adapters import AdapterError, Arrays, Capabilities, Spec
 
 STATES = ("momentum", "Q", "variance", "exp_avg", "exp_avg_sq", "step")
-HYPERS = ("lr", "mu", "weight_decay", "epsilon", "betas", "beta2", "fraction", "rank_fraction")
+HYPERS = (
+    *(
+        "lr",
+        "mu",
+        "weight_decay",
+        "cautious",
+        "epsilon",
+        "scale",
+        "weight_storage",
+        "polynomial",
+        "epsilon_rule",
+    ),
+    *("norm_factor", "momentum", "nesterov", "bias_correction", "betas", "beta2", "variance_epsilon"),
+    *("fraction", "rank_fraction", "rank_multiple"),
+)
 
 Named = Sequence[tuple[str, nn.Parameter]]
 Build = Callable[[Named, Spec], torch.optim.Optimizer]

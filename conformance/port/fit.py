@@ -106,7 +106,7 @@ def fits(
 
 def _better(tried: Sequence[Fit], own: Fit) -> list[Fit]:
     kept = [fit for fit in tried if fit.share >= ENOUGH and fit.share > own.share]
-    return sorted(kept, key=lambda fit: (-fit.share, -fit.compared, fit.error))[:SHOWN]
+    return sorted(kept, key=lambda fit: (-fit.matching, fit.error))[:SHOWN]
 
 
 def _compared(done: Done, expected: Callable[[Case], Expected | None]) -> tuple[int, int, float]:

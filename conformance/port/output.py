@@ -161,7 +161,7 @@ def alike(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, list[Verdict]]]:
     """Verdicts whose messages differ in numbers alone, put together: the one furthest off, and the others."""
     groups: dict[tuple[str, str], list[Verdict]] = {}
     for one in verdicts:
-        groups.setdefault((one.status, re.sub(r"[\d.e+-]*\d[\d.e+-]*", "#", one.message)), []).append(one)
+        groups.setdefault((one.status, re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", one.message)), []).append(one)
     found = []
     for group in groups.values():
         worst = max(group, key=lambda one: one.used)

@@ -16,6 +16,7 @@ from conformance.port.grading import (
     PASS,
     SKIP,
     UNCLAIMED,
+    UNDECIDED,
     XFAIL,
     XPASS,
     Verdict,
@@ -93,13 +94,13 @@ class Run:
 
     @property
     def passed(self) -> bool:
-        """True when something passed or is acceptable, and nothing is bad."""
-        return self.count(PASS, ACCEPTABLE) > 0 and self.count(*BAD) == 0
+        """True when something passed, is acceptable or failed as it was to, and nothing is bad."""
+        return self.count(PASS, ACCEPTABLE, XFAIL) > 0 and self.count(*BAD) == 0
 
     @property
     def exit_status(self) -> int:
-        """0: passed; 1: not; 2: nothing was run."""
-        if self.count(SKIP, UNCLAIMED) == len(self.verdicts):
+        """0: passed; 1: something is bad; 2: nothing was run, or nothing that decides."""
+        if self.count(SKIP, UNCLAIMED, UNDECIDED) == len(self.verdicts):
             return 2
         return 0 if self.passed else 1
 

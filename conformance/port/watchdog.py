@@ -14,7 +14,8 @@ from types import FrameType
 HANG_EXIT = 3
 OTHERS_SECONDS = 2.0
 """Between a rank's words and its end, for the ranks that wait for it to say so: ended, they could not."""
-COLLECTIVES = ("torch.distributed", "torch._C", "torch.ops")
+OPERATORS = ("_c10d_functional.", "c10d.", "dion_dtensor.")
+"""Of compiled graphs, and of what this package starts by itself, the operators that wait for other ranks."""
 
 
 @contextmanager
@@ -57,8 +58,16 @@ def where(frame: FrameType | None) -> tuple[str, bool]:
     while frame is not None:
         module, name = str(frame.f_globals.get("__name__", "")), frame.f_code.co_name
         innermost = innermost or f"{module}.{name}"
+        operator = str(frame.f_locals.get("self", "")) if module == "torch._ops" else ""
         # Of its frames the one that was called, which says more than the wait in which it ends.
-        if not entered and module.startswith(COLLECTIVES) and not name.startswith("_") and name != "wrapper":
+        if not entered and operator.startswith(OPERATORS):
+            collective = operator
+        elif (
+            not entered
+            and module.startswith("torch.distributed")
+            and not name.startswith("_")
+            and name != "wrapper"
+        ):
             collective = name
         entered = entered or (bool(collective) and not module.startswith("torch."))
         parameters = parameters or _parameters(frame)

@@ -23,6 +23,7 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     # Higher than wide, where Dion2 chooses columns; the first and the last have both kinds.
     "rows(13, 3, 4)": (20, 6),
     "heads(2)": (14, 4),
+    "rows(3, 2)": (5, 2),
     "columns(8, 3)": (5, 11),
     "experts": (5, 6, 8),
     "flatten": (7, 3, 2, 3),

@@ -215,6 +215,7 @@ SPLIT_LAYOUTS = {
     "interleaved_rows((3, 2, 1), 2, True)": ["2x2 S0 S1"],
     "rows(13, 3, 4)": ["4 S0", "2x2 T0 S0", "2x2 S0 S1"],
     "heads(2)": ["4 S0", "2x2 S0 S1"],
+    "rows(3, 2)": ["4 S0"],
     "columns(8, 3)": ["4 S1", "2x2 S0 S1"],
     "experts": [
         "4 S0",
@@ -244,11 +245,19 @@ def test_logical_matrices_are_those_of_one_device(ranks: Ranks, split: str, name
                         assert torch.equal(ours, theirs), (where, key)
 
 
-@pytest.mark.parametrize("name", ["normuon", "dion2", "dion3"])
-def test_compiled_blocks_of_both_kinds_agree_where_shards_differ(ranks: Ranks, name: str) -> None:
-    split = "rows(13, 3, 4)"
+@pytest.mark.parametrize(
+    ("name", "split", "where"),
+    [
+        *((name, "rows(13, 3, 4)", "3 S0") for name in ("normuon", "dion2", "dion3")),
+        *((name, "rows(3, 2)", "4 S0") for name in ("dion2", "dion3")),  # a rank holds nothing
+    ],
+)
+def test_compiled_blocks_of_both_kinds_agree_where_shards_differ(
+    ranks: Ranks, name: str, split: str, where: str
+) -> None:
     expected = on_one_thread(split_steps, name, split, None, {"compile": False})
-    for result in ranks.run(3, split_steps, name, split, layout("3 S0"), {"compile": True}):
+    world = layout(where).world
+    for result in ranks.run(world, split_steps, name, split, layout(where), {"compile": True}):
         for key, values in expected.items():
             assert all(error(a, b) < 1e-14 for a, b in zip(result[key], values, strict=True)), key
 

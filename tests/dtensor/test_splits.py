@@ -21,6 +21,7 @@ ORACLE_SPLITS: dict[str, Any] = {
     "interleaved_rows((3, 2, 1), 2, True)": oracle.InterleavedRows((3, 2, 1), 2, stacked=True),
     "rows(13, 3, 4)": oracle.Rows((13, 3, 4)),
     "heads(2)": oracle.Heads(2),
+    "rows(3, 2)": oracle.Rows((3, 2)),
     "columns(8, 3)": oracle.Columns((8, 3)),
     "experts": oracle.Experts(),
     "flatten": oracle.Flatten(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import sys
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +16,7 @@ from conformance.port.mesh_cases import LAYOUTS, RESHARDINGS, claimed_hypers, me
 from conformance.port.mesh_program import Hung, Started
 from conformance.port.meshes import Log, run_meshes
 from conformance.port.runner import Selection
+from conformance.port.watchdog import where
 from conformance.vectors import load
 
 OURS = (
@@ -94,6 +96,22 @@ def test_a_hang_of_our_own_step_names_the_parameters() -> None:
     assert culprit.startswith("rank 2 hung for 12 s in tests.port.ports.before")
     assert waiting.count("in the collective ") == 3
     assert waiting.count("_problems of blocks_0_weight and 8 more") == 3
+
+
+@pytest.mark.parametrize(
+    ("operator", "waits"),
+    [
+        ("_c10d_functional.wait_tensor.default", True),
+        ("dion_dtensor.fetch_rows.default", True),
+        ("aten.mm.default", False),
+    ],
+)
+def test_a_wait_inside_an_operator_is_one_for_other_ranks(operator: str, waits: bool) -> None:
+    module: dict[str, Any] = {"__name__": "torch._ops", "sys": sys}
+    exec("def redispatch(self): return sys._getframe()", module)
+    place, found = where(module["redispatch"](operator))
+    assert found == waits
+    assert (f"in the collective {operator!r}" in place) == waits
 
 
 def test_a_desynchronized_collective_names_what_each_rank_waits_in() -> None:

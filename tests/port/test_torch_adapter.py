@@ -74,8 +74,8 @@ def test_keys_that_the_oracle_does_not_have_are_refused() -> None:
     claims = Capabilities("plain", {})
     with pytest.raises(AdapterError, match=r"state: the oracle has no 'momentun'; it has momentum, Q"):
         TorchOptimizerAdapter(claims, _plain_muon, state={"momentun": "momentum_buffer"})
-    with pytest.raises(AdapterError, match=r"hyper: the oracle has no 'momentum'; it has lr, mu"):
-        TorchOptimizerAdapter(claims, _plain_muon, hyper={"momentum": "momentum"})
+    with pytest.raises(AdapterError, match=r"hyper: the oracle has no 'momentun'; it has lr, mu"):
+        TorchOptimizerAdapter(claims, _plain_muon, hyper={"momentun": "momentum"})
 
 
 def test_a_hyperparameter_that_no_group_has_is_an_error_when_it_changes() -> None:
