@@ -179,13 +179,13 @@ def momenta_apart(resync_every: int, steps: int) -> list[float] | None:
     return apart
 
 
-def flattened(sharded: bool, steps: int = 2) -> list[Tensor] | None:
+def flattened(sharded: bool, steps: int = 2) -> list[Tensor]:
     """Weights of a model that FSDP2 shards over two axes of a mesh, flattened into one; or of the plain model."""
     model = Layers()
     if sharded:
-        mesh = shared_mesh((2, 2), ("outer", "inner"))
-        if mesh.get_coordinate() is None:
-            return None
+        mesh = shared_mesh(
+            (4, 2), ("outer", "inner")
+        )  # of all ranks, who have to make the new group together
         fully_shard(model, mesh=mesh["outer", "inner"]._flatten("both"))
     optimizer = make("muon", model)
     generator = torch.Generator().manual_seed(4)

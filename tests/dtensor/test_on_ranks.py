@@ -287,7 +287,7 @@ def test_the_momentum_is_averaged_again_as_often_as_asked_for(ranks: Ranks) -> N
 
 def test_a_flattened_mesh_is_a_mesh(ranks: Ranks) -> None:
     expected = on_one_thread(flattened, False)
-    for result in ranks.run(4, flattened, True):
+    for result in ranks.run(8, flattened, True):
         assert all(torch.equal(ours, theirs) for ours, theirs in zip(result, expected, strict=True))
 
 
