@@ -27,7 +27,7 @@ from dion_dtensor.rules.shared import (
 )
 from dion_dtensor.selection import largest_rows, on_rows, row_sums, scaled_rows, slices
 
-__all__ = ["DION2", "SELECTION_DEFAULTS", "check_selection", "prepare"]
+__all__ = ["DION2", "SELECTION_DEFAULTS", "check_selection"]
 
 SELECTION_DEFAULTS: dict[str, Any] = {"mu": 0.95, "fraction": 0.25, "path": "auto", **POLYNOMIAL_DEFAULTS}
 
@@ -112,11 +112,6 @@ def check_selection(group: Mapping[str, Any]) -> None:
         raise ValueError(f"path={group['path']!r} must be 'auto', 'exchange' or 'assemble'")
 
 
-def prepare(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
-    """The polynomial by its coefficients."""
-    return polynomial_fields(group)
-
-
 DION2 = Rule(
     name="dion2",
     update=update,
@@ -128,5 +123,5 @@ DION2 = Rule(
     cuts=ROW_BLOCKS,
     way="chosen slices alone",
     check=check_selection,
-    prepare=prepare,
+    prepare=polynomial_fields,
 )

@@ -16,13 +16,14 @@ from dion_dtensor.assembly import elementwise, transposed
 from dion_dtensor.blocks import blocks_of, on_rows_of_blocks
 from dion_dtensor.matrices import ROW_BLOCKS, Split, by_rows
 from dion_dtensor.orthonormalize.polynomial import Coefficients
-from dion_dtensor.rules.dion2 import SELECTION_DEFAULTS, check_selection, prepare
+from dion_dtensor.rules.dion2 import SELECTION_DEFAULTS, check_selection
 from dion_dtensor.rules.normuon import VARIANCE_DEFAULTS
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 from dion_dtensor.rules.shared import (
     check_variance,
     normalized_rows,
     orthonormalizer,
+    polynomial_fields,
     to_dtype,
 )
 from dion_dtensor.selection import largest_rows, on_rows, row_sums, scaled_rows, slices
@@ -109,5 +110,5 @@ DION3 = Rule(
     cuts=ROW_BLOCKS,
     way="chosen rows alone",
     check=check,
-    prepare=prepare,
+    prepare=polynomial_fields,
 )

@@ -88,11 +88,6 @@ def check(group: Mapping[str, Any]) -> None:
         raise ValueError(f"path={group['path']!r} must be 'auto', 'assemble' or 'gram'")
 
 
-def prepare(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
-    """The polynomial by its coefficients."""
-    return polynomial_fields(group)
-
-
 MUON = Rule(
     name="muon",
     update=update,
@@ -103,5 +98,5 @@ MUON = Rule(
     states=states,
     cuts=SPLITS,
     check=check,
-    prepare=prepare,
+    prepare=polynomial_fields,
 )

@@ -80,11 +80,6 @@ def check(group: Mapping[str, Any]) -> None:
     check_variance(group)
 
 
-def prepare(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
-    """The polynomial by its coefficients."""
-    return polynomial_fields(group)
-
-
 NORMUON = Rule(
     name="normuon",
     update=update,
@@ -101,5 +96,5 @@ NORMUON = Rule(
     states=states,
     cuts=SPLITS,
     check=check,
-    prepare=prepare,
+    prepare=polynomial_fields,
 )

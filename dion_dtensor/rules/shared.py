@@ -91,8 +91,8 @@ def to_dtype(stack: Tensor, dtype: torch.dtype) -> Tensor:
     return elementwise(lambda values: values.to(dtype), stack)
 
 
-def polynomial_fields(group: Mapping[str, Any]) -> dict[str, Any]:
-    """The polynomial by its coefficients."""
+def polynomial_fields(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:
+    """The polynomial by its coefficients, whatever the shape."""
     factor = group["norm_factor"]
     return {
         "coefficients": resolve_polynomial(group["polynomial"]),
