@@ -17,6 +17,7 @@ from conformance.bench.products import bare_products
 __all__ = ["ALGORITHMS", "BARE", "OURS", "Case", "available", "stepper"]
 
 OURS = "dion_dtensor"
+UNCHECKED = "dion_dtensor(validate=False)"
 DION = "microsoft/dion"
 TORCH_MUON = "torch.optim.Muon"
 TORCH_ADAMW = "torch.optim.AdamW(fused)"
@@ -71,7 +72,7 @@ def available(case: Case) -> tuple[str, ...]:
     if case.algorithm == "muon_torch" and hasattr(torch.optim, "Muon"):
         names.append(TORCH_MUON)
     if case.algorithm == "adamw":
-        names.append(TORCH_ADAMW)
+        names.extend((UNCHECKED, TORCH_ADAMW))
     return (*names, *([BARE] if case.algorithm != "adamw" else []))
 
 
@@ -96,7 +97,7 @@ def stepper(name: str, case: Case) -> Callable[[], object]:
     return BUILDERS[name](parameters, case)
 
 
-def _ours(parameters: Sequence[Tensor], case: Case) -> Callable[[], object]:
+def _ours(parameters: Sequence[Tensor], case: Case, validate: bool = True) -> Callable[[], object]:
     import dion_dtensor
 
     build: Any = ALGORITHMS[case.algorithm]
@@ -105,9 +106,9 @@ def _ours(parameters: Sequence[Tensor], case: Case) -> Callable[[], object]:
         build = partial(build, **{"rank_fraction" if case.algorithm == "dion" else "fraction": case.part})
     if case.algorithm == "adamw":
         group = {"params": named, "algorithm": "adamw", "betas": (0.9, 0.95), "weight_decay": 0.01}
-        optimizer = dion_dtensor.Muon([group], lr=1e-3)
+        optimizer = dion_dtensor.Muon([group], lr=1e-3, validate=validate)
     else:
-        optimizer = build(named, lr=1e-3, weight_decay=0.01, compute_dtype=case.dtype)
+        optimizer = build(named, lr=1e-3, weight_decay=0.01, compute_dtype=case.dtype, validate=validate)
     step: Callable[[], object] = optimizer.step
     return step
 
@@ -199,6 +200,7 @@ ALGORITHMS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 DION_CLASSES = {"muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "dion2": "Dion2", "dion3": "NorDion2"}
 BUILDERS: dict[str, Callable[[Sequence[Tensor], Case], Callable[[], object]]] = {
     OURS: _ours,
+    UNCHECKED: partial(_ours, validate=False),
     DION: _microsoft_dion,
     TORCH_MUON: _torch_muon,
     TORCH_ADAMW: _torch_adamw,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,8 +30,8 @@ __all__ = [
 
 # Without bf16 units a CPU multiplies bf16 matrices 20 to 250 times slower than float32 ones (measured, AVX2).
 CPU_HAS_BF16 = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-# Blocks of fewer rows lose to overhead what the symmetry saves (measured, AVX2).
-SMALLEST_BLOCK = 128
+# Blocks of fewer rows lose to overhead what the symmetry saves (measured, AVX2 and AVX512 with bf16 units).
+SMALLEST_BLOCK = {torch.float32: 128, torch.bfloat16: 256}
 BLOCKS = 4
 # On a CPU, what fits its caches; and larger tensors are mapped anew by the allocator, and faulted in, every time.
 WORKING_SET = 4 << 20
@@ -63,7 +64,7 @@ def gram_newton_schulz(
     X = normalized(stack, epsilon, epsilon_rule, norm_factor).to(dtype)
     if m > n:  # the short side first: the Gram matrix is the small one
         X = X.mT
-    blocks = _blocks(min(m, n), stack.device)
+    blocks = _blocks(min(m, n), X)
     aspect = max(m, n) / max(1, min(m, n))
     lengths = segments(coefficients, stack.dtype, dtype, aspect, symmetric=blocks > 1)
     flat = [value for triple in coefficients for value in triple]
@@ -122,7 +123,9 @@ def segments(
 
 
 def iterate(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int], blocks: int) -> Tensor:
-    """The iterations on normalised matrices; on a CPU few at a time where they are large.
+    """The iterations on normalised matrices; on a CPU few at a time, and one by one where blocks are multiplied.
+
+    A batched product copies blocks of its operands there; one of matrices reads them where they lie.
 
     Args:
         stack: ``[N, n, k]``, contiguous, ``n <= k``.
@@ -133,13 +136,12 @@ def iterate(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int]
     Returns:
         ``[N, n, k]``, contiguous.
     """
-    some = len(stack)
-    if stack.device.type == "cpu":
-        some = max(1, WORKING_SET // max(1, stack[:1].nbytes))
-    if some >= len(stack):
+    if stack.device.type != "cpu":
         return _iterate(stack, coefficients, lengths, blocks)
+    some = max(1, WORKING_SET // max(1, stack[:1].nbytes))
     result = torch.empty_like(stack)
-    for part, out in zip(torch.split(stack, some), torch.split(result, some), strict=True):
+    parts = zip(*(s.unbind() if blocks > 1 else torch.split(s, some) for s in (stack, result)), strict=True)
+    for part, out in parts:
         out.copy_(_iterate(part, coefficients, lengths, blocks))
     return result
 
@@ -154,7 +156,7 @@ def _iterate(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int
             a, b, c = coefficients[3 * step : 3 * step + 3]
             Z = symmetric_product(R, R, blocks, add=R, beta=b, alpha=c)  # without a I
             if step + 1 == last and Q is None:
-                X = torch.baddbmm(X, Z, X, beta=a)
+                X = _added(X, Z, X, beta=a)
                 break
             if step + 1 < last:
                 R = symmetric_product(Z, R, blocks, add=R, beta=a)
@@ -206,31 +208,34 @@ def symmetric_product(
     """``beta * add + alpha * left @ right``, known to be symmetric: the blocks above the diagonal, then mirrored.
 
     Args:
-        left: ``[N, n, k]``.
-        right: ``[N, k, n]``.
+        left: ``[N, n, k]`` or ``[n, k]``.
+        right: ``[N, k, n]`` or ``[k, n]``.
         blocks: block rows; ``b`` of them take ``(b + 1) / 2b`` of the multiplications, one takes all.
-        add: ``[N, n, n]``, symmetric; None for zero.
+        add: ``[N, n, n]`` or ``[n, n]``, symmetric; None for zero.
         beta: factor on ``add``.
         alpha: factor on the product.
     """
     n = left.shape[-2]
-    result = left.new_empty((left.shape[0], n, n))
+    result = left.new_empty((*left.shape[:-1], n))
     edges = [n * index // blocks for index in range(blocks + 1)]
     for low, high in pairwise(edges):
-        rows = result[:, low:high, low:]
-        base = rows if add is None else add[:, low:high, low:]
-        torch.baddbmm(
-            base,
-            left[:, low:high],
-            right[:, :, low:],
-            beta=0.0 if add is None else beta,
-            alpha=alpha,
-            out=rows,
-        )
-        result[:, high:, low:high] = result[:, low:high, high:].mT
+        rows = result[..., low:high, low:]
+        base = rows if add is None else add[..., low:high, low:]
+        beta = 0.0 if add is None else beta
+        _added(base, left[..., low:high, :], right[..., low:], beta=beta, alpha=alpha, out=rows)
+        result[..., high:, low:high] = rows[..., high - low :].mT
     return result
 
 
-def _blocks(size: int, device: torch.device) -> int:
+def _added(base: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
+    """``beta * base + alpha * left @ right`` of one matrix or of a stack."""
+    multiply = torch.addmm if left.ndim == 2 else torch.baddbmm
+    result: Tensor = multiply(base, left, right, **options)
+    return result
+
+
+def _blocks(size: int, stack: Tensor) -> int:
     """Block rows of a symmetric product: several where that was measured to be faster, on CPUs."""
-    return max(1, min(BLOCKS, size // SMALLEST_BLOCK)) if device.type == "cpu" else 1
+    if stack.device.type != "cpu":
+        return 1
+    return max(1, min(BLOCKS, size // SMALLEST_BLOCK.get(stack.dtype, 128)))
