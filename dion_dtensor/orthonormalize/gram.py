@@ -31,7 +31,7 @@ __all__ = [
 # Without bf16 units a CPU multiplies bf16 matrices 20 to 250 times slower than float32 ones (measured, AVX2).
 CPU_HAS_BF16 = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 # Blocks of fewer rows lose to overhead what the symmetry saves (measured, AVX2 and AVX512 with bf16 units).
-SMALLEST_BLOCK = {torch.float32: 128, torch.bfloat16: 256}
+SMALLEST_BLOCK, SMALLEST_BF16_BLOCK = 128, 256
 BLOCKS = 4
 # On a CPU, what fits its caches; and larger tensors are mapped anew by the allocator, and faulted in, every time.
 WORKING_SET = 4 << 20
@@ -64,7 +64,7 @@ def gram_newton_schulz(
     X = normalized(stack, epsilon, epsilon_rule, norm_factor).to(dtype)
     if m > n:  # the short side first: the Gram matrix is the small one
         X = X.mT
-    blocks = _blocks(min(m, n), X)
+    blocks = _blocks(X)
     aspect = max(m, n) / max(1, min(m, n))
     lengths = segments(coefficients, stack.dtype, dtype, aspect, symmetric=blocks > 1)
     flat = [value for triple in coefficients for value in triple]
@@ -136,9 +136,9 @@ def iterate(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int]
     Returns:
         ``[N, n, k]``, contiguous.
     """
-    if stack.device.type != "cpu":
-        return _iterate(stack, coefficients, lengths, blocks)
     some = max(1, WORKING_SET // max(1, stack[:1].nbytes))
+    if stack.device.type != "cpu" or (blocks == 1 and some >= len(stack)):
+        return _iterate(stack, coefficients, lengths, blocks)
     result = torch.empty_like(stack)
     parts = zip(*(s.unbind() if blocks > 1 else torch.split(s, some) for s in (stack, result)), strict=True)
     for part, out in parts:
@@ -218,10 +218,10 @@ def symmetric_product(
     n = left.shape[-2]
     result = left.new_empty((*left.shape[:-1], n))
     edges = [n * index // blocks for index in range(blocks + 1)]
+    beta = 0.0 if add is None else beta
     for low, high in pairwise(edges):
         rows = result[..., low:high, low:]
         base = rows if add is None else add[..., low:high, low:]
-        beta = 0.0 if add is None else beta
         _added(base, left[..., low:high, :], right[..., low:], beta=beta, alpha=alpha, out=rows)
         result[..., high:, low:high] = rows[..., high - low :].mT
     return result
@@ -234,8 +234,9 @@ def _added(base: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
     return result
 
 
-def _blocks(size: int, stack: Tensor) -> int:
-    """Block rows of a symmetric product: several where that was measured to be faster, on CPUs."""
+def _blocks(stack: Tensor) -> int:
+    """Block rows of a symmetric product of ``[N, n, k]``: several where that was measured to be faster, on CPUs."""
     if stack.device.type != "cpu":
         return 1
-    return max(1, min(BLOCKS, size // SMALLEST_BLOCK.get(stack.dtype, 128)))
+    smallest = SMALLEST_BF16_BLOCK if stack.dtype == torch.bfloat16 else SMALLEST_BLOCK
+    return max(1, min(BLOCKS, min(stack.shape[-2:]) // smallest))

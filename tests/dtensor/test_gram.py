@@ -160,6 +160,13 @@ def test_symmetric_product_is_the_product(rows: int, blocks: int) -> None:
     torch.testing.assert_close(full, 0.5 * add - 2 * left @ left.mT, rtol=1e-13, atol=1e-13)
 
 
+@pytest.mark.parametrize("lengths", [[1] * 5, [2, 3]])
+def test_blocks_give_the_value_of_one_block(lengths: list[int]) -> None:
+    stack = normalized(matrices((48, 192), "harmonic", count=3), 1e-8, "add", 1.02)
+    flat = list(itertools.chain(*POLYNOMIALS["polar_express"]))
+    assert error(iterate(stack, flat, lengths, 4), iterate(stack, flat, lengths, 1)) < 1e-12
+
+
 def test_counts_fewer_multiplications() -> None:
     n, aspect = 64, 4
     stack = torch.randn(1, n, aspect * n, dtype=torch.float64)
