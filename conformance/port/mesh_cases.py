@@ -22,8 +22,11 @@ SHAPES: tuple[tuple[int, int], ...] = (
 )
 """Uneven on every axis, both orientations, fewer rows than ranks, more and fewer matrices than ranks."""
 EVERY = tuple(range(len(SHAPES)))
-COMPILED = (0, 1, 2, 3, 5, 7)
-"""Of SHAPES those of compiled runs, whose time is that of compiling: one graph for each shape on each layout."""
+COMPILED, ALSO_COMPILED = (0, 1, 2), (3, 5, 7)
+"""Of SHAPES those of compiled runs, and those of which each case has one more, in turn.
+
+Their time is that of compiling, a graph for each shape of each case.
+"""
 PARTIAL = "gradients:Partial"
 TWO_DIMS, ONE_DIM = "shards:two-dims", "shards:one-dim"
 """FSDP2 x TP on two dims of a matrix, and both on one: few ports take either."""
@@ -132,16 +135,17 @@ class MeshCase:
 def mesh_cases(
     hypers: Mapping[tuple[str, str], Mapping[str, Any]],
     levels: Sequence[str],
-    shapes: tuple[int, ...] = EVERY,
+    compiled: bool = False,
 ) -> Iterator[MeshCase]:
     """Every case of L3 and L4 for each (algorithm, dialect); `hypers` has their hyperparameters."""
-    for (algorithm, dialect), hyper in hypers.items():
-        if "L3" in levels:
-            for before, after in RESHARDINGS:
-                yield MeshCase("L3", algorithm, dialect, before, hyper, after, shapes)
-        if "L4" in levels:
-            for one in LAYOUTS:
-                yield MeshCase("L4", algorithm, dialect, one, hyper, None, shapes)
+    every = [*(("L3", *both) for both in RESHARDINGS), *(("L4", one, None) for one in LAYOUTS)]
+    for first, ((algorithm, dialect), hyper) in enumerate(hypers.items()):
+        for index, (level, before, after) in enumerate(every):
+            if level not in levels:
+                continue
+            turn = (first + index) % len(ALSO_COMPILED)
+            shapes = (*COMPILED, ALSO_COMPILED[turn]) if compiled else EVERY
+            yield MeshCase(level, algorithm, dialect, before, hyper, after, shapes)
 
 
 def main_dialect(port: Capabilities, algorithm: str, known: Sequence[str]) -> str | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from conformance import launch
 from conformance.adapters import Adapter, Capabilities
 from conformance.port.grading import ERROR, FAIL, PASS, SKIP, UNCLAIMED, UNDECIDED, Verdict
-from conformance.port.mesh_cases import EVERY, MeshCase, claimed_hypers, mesh_cases
+from conformance.port.mesh_cases import MeshCase, claimed_hypers, mesh_cases
 from conformance.port.mesh_program import Finished, Hung, Started, Work, checkpoint_folder, program
 from conformance.port.runner import Selection
 from conformance.port.selection import reason
@@ -64,7 +64,7 @@ def run_meshes(
     ranks: int,
     device: str = "cpu",
     timeout: float = 60.0,
-    shapes: tuple[int, ...] = EVERY,
+    compiled: bool = False,
     on_verdict: Callable[[Verdict], None] = lambda _: None,
     keep: Callable[[Job, Finished], None] = lambda _, __: None,
 ) -> list[Verdict]:
@@ -78,13 +78,13 @@ def run_meshes(
         ranks: local processes (those of another launcher are taken).
         device: "cpu" (gloo) or "cuda" (NCCL).
         timeout: seconds a case, and a collective.
-        shapes: which of `mesh_cases.SHAPES`.
+        compiled: fewer parameters a case.
         on_verdict: called with each, as soon as it is known.
         keep: called with each job and its results, to compare backends.
     """
     verdicts: list[Verdict] = []
     todo: list[Job] = []
-    for case, dtype, known in mesh_jobs(port, vectors, selection, ranks, shapes):
+    for case, dtype, known in mesh_jobs(port, vectors, selection, ranks, compiled):
         if known is not None:
             verdicts.append(known)
             on_verdict(known)
@@ -135,12 +135,12 @@ def mesh_jobs(
     vectors: VectorSet,
     selection: Selection,
     ranks: int,
-    shapes: tuple[int, ...] = EVERY,
+    compiled: bool = False,
 ) -> list[tuple[MeshCase, str, Verdict | None]]:
     """Every selected (case, dtype) of L3 and L4, with the verdict where it is known without running it."""
     return [
         (case, dtype, _known(case, dtype, port, selection, ranks))
-        for case in mesh_cases(claimed_hypers(port, vectors), selection.levels, shapes)
+        for case in mesh_cases(claimed_hypers(port, vectors), selection.levels, compiled)
         for dtype in selection.dtypes or port.dtypes
         if selection.wants(case.id, case.level, dtype)
     ]

@@ -61,7 +61,6 @@ def meshes(
     # Imported here: `--help` need not wait for DTensor.
     from conformance.port.command import claims_of, selection_of
     from conformance.port.compare import Kept, compare, read, write
-    from conformance.port.mesh_cases import COMPILED, EVERY
     from conformance.port.meshes import run_meshes
     from conformance.port.targets import check_targets
     from conformance.vectors import VectorError, load
@@ -95,7 +94,7 @@ def meshes(
         run = Run(claims, levels=selection.levels, command="meshes", options=options)
         run.verdicts = run_meshes(
             adapter, claims, vectors, selection, ranks=_ranks(nproc), device=device, timeout=timeout,
-            shapes=COMPILED if compiled else EVERY, on_verdict=line, keep=kept,
+            compiled=compiled, on_verdict=line, keep=kept,
         )  # fmt: skip
     except (AdapterError, SelectionError, VectorError, OSError, ValueError) as error:
         Console(stderr=True).print(

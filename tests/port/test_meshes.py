@@ -49,6 +49,17 @@ def test_layouts_cover_one_to_three_axes_and_strided_shards() -> None:
     assert len(ids) == len(set(ids)) == 8 * (len(LAYOUTS) + len(RESHARDINGS))
 
 
+def test_compiled_cases_share_the_shapes_out_among_the_algorithms() -> None:
+    claims = find("conformance.mutants.gathering:adapter").capabilities()
+    compiled = list(mesh_cases(claimed_hypers(claims, load()), ("L3", "L4"), compiled=True))
+    for place in (*RESHARDINGS, *((one, None) for one in LAYOUTS)):
+        shapes = [one.shapes for one in compiled if (one.layout, one.resume) == place]
+        assert {len(one) for one in shapes} == {4}
+        assert {index for one in shapes for index in one} == {0, 1, 2, 3, 5, 7}
+    alone = mesh_cases(claimed_hypers(claims, load()), ("L4",), compiled=True)
+    assert all(one in compiled for one in alone)  # whatever levels are selected
+
+
 def test_right_ports_pass_and_what_needs_more_ranks_is_skipped() -> None:
     alive: dict[str, bool] = {}
 
