@@ -13,26 +13,31 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
 if TYPE_CHECKING:
+    from conformance.adapters import Capabilities
     from conformance.port.grading import Verdict
     from conformance.port.runner import Selection
+    from conformance.port.worker import Worker
+    from conformance.vectors import VectorSet
 
 FIXTURE = "conformance_case"
 MESHES = ("L3", "L4")
+GATE = "L5"
+SETUP = pytest.StashKey["tuple[Selection, VectorSet, Capabilities]"]()
+"""Selection, vectors and claims, read once a session."""
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """The selection of `conformance port`, under the same names."""
     group = parser.getgroup("conformance", "hold a port to the oracle")
     group.addoption("--port", help="adapter: package.module:object, or a registered name")
-    group.addoption(
-        "--port-level", default="L0-L2", help="levels, such as L0-L4 (L5 needs `conformance port`)"
-    )
+    group.addoption("--port-level", default="L0-L2", help="levels, such as L0-L4; L5 takes minutes")
     group.addoption("--port-dtype", action="append", help="only this compute dtype (repeatable)")
     group.addoption("--port-case", action="append", help="only ids that match this glob (repeatable)")
     group.addoption("--port-skip", type=Path, help="file of cases not to run: `pattern  # reason`")
@@ -76,15 +81,17 @@ def _jobs(config: pytest.Config) -> list[tuple[str, str, Verdict | None]]:
 
         ranks = config.getoption("--port-nproc")
         found += [(c.id, dtype, known) for c, dtype, known in mesh_jobs(claims, vectors, selection, ranks)]
+    if GATE in selection.levels and GATE in claims.levels:
+        from conformance.port.convergence import gate_jobs
+
+        found += gate_jobs(claims, vectors, selection)
     return found
 
 
-def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
+def _setup(config: pytest.Config) -> tuple[Selection, VectorSet, Capabilities]:
     """Selection, vectors and claims; a bad option ends the session with one line."""
-    cached = getattr(config, "_conformance", None)
-    if cached is not None:
-        found: tuple[Selection, Any, Any] = cached
-        return found
+    if (cached := config.stash.get(SETUP, None)) is not None:
+        return cached
     from conformance.adapters import AdapterError, check_dialects
     from conformance.port.command import all_ids, claims_of, selection_of
     from conformance.port.selection import SelectionError, check_known
@@ -104,17 +111,12 @@ def _setup(config: pytest.Config) -> tuple[Selection, Any, Any]:
         claims = claims_of(option("--port"), option("--port-timeout"), option("--port-device"))
         check_dialects(claims, vectors, option("--port"))
         check_known((*selection.skip, *selection.xfail), lambda: all_ids(claims, vectors))
-        config._conformance = selection, vectors, claims  # type: ignore[attr-defined]
+        config.stash[SETUP] = selection, vectors, claims
         if all(known is not None and known.status != "skip" for _, _, known in _jobs(config)):
-            raise SelectionError(f"no case that {option('--port')} claims is selected{_elsewhere(selection)}")
+            raise SelectionError(f"no case that {option('--port')} claims is selected")
     except (AdapterError, SelectionError, VectorError) as error:
         raise pytest.UsageError(str(error)) from error
     return selection, vectors, claims
-
-
-def _elsewhere(selection: Selection) -> str:
-    """What is said of levels that were asked for, and are not run here."""
-    return "; L5: the plugin runs L0-L4, `conformance port` the others" if "L5" in selection.levels else ""
 
 
 def pytest_report_header(config: pytest.Config) -> str | None:
@@ -122,13 +124,12 @@ def pytest_report_header(config: pytest.Config) -> str | None:
     path = config.getoption("--port", None)
     if path is None:
         return None
-    selection, vectors, claims = _setup(config)
-    about = f"conformance: {claims.name} {claims.version()} ({path}), vectors {vectors.version}"
-    return about + _elsewhere(selection)
+    _, vectors, claims = _setup(config)
+    return f"conformance: {claims.name} {claims.version()} ({path}), vectors {vectors.version}"
 
 
 @pytest.fixture(scope="session")
-def _conformance_worker(request: pytest.FixtureRequest) -> Iterator[Any]:
+def _conformance_worker(request: pytest.FixtureRequest) -> Iterator[Worker]:
     """One process for the adapter in every test process."""
     from conformance.port.worker import Worker
 
@@ -141,25 +142,33 @@ def _conformance_worker(request: pytest.FixtureRequest) -> Iterator[Any]:
 @pytest.fixture
 def conformance_case(request: pytest.FixtureRequest) -> Callable[[], None]:
     """Calling it runs one case on the port, and fails with the verdict's message."""
-    from conformance.port.grading import ACCEPTABLE, PASS, UNDECIDED, grade
+    from conformance.port.grading import ACCEPTABLE, PASS, UNDECIDED
 
-    identity, dtype = request.param
-    _, vectors, claims = _setup(request.config)
-    meshes = identity.startswith(MESHES)
-    worker = None if meshes else request.getfixturevalue("_conformance_worker")
+    case, dtype = request.param
+    if case.startswith(MESHES):
+        verdict_on = _on_ranks
+    elif case.startswith(GATE):
+        verdict_on = _through_the_gate
+    else:
+        verdict_on = partial(_in_its_process, request.getfixturevalue("_conformance_worker"))
 
     def run() -> None:
-        if worker is None:
-            verdict = _on_ranks(request.config, identity, dtype)
-        else:
-            case = vectors[identity]
-            verdict = grade(case, dtype, worker.run(case, dtype), claims.states)
+        verdict = verdict_on(request.config, case, dtype)
         if verdict.status == UNDECIDED:
             pytest.skip(verdict.message)
         if verdict.status not in (PASS, ACCEPTABLE):
             pytest.fail(f"{verdict.status}: {verdict.message}\n{verdict.details}", pytrace=False)
 
     return run
+
+
+def _in_its_process(worker: Worker, config: pytest.Config, case: str, dtype: str) -> Verdict:
+    """The verdict on one case of L0 to L2, in the adapter's process."""
+    from conformance.port.grading import grade
+
+    _, vectors, claims = _setup(config)
+    found = vectors[case]
+    return grade(found, dtype, worker.run(found, dtype), claims.states)
 
 
 def _on_ranks(config: pytest.Config, case: str, dtype: str) -> Verdict:
@@ -174,3 +183,15 @@ def _on_ranks(config: pytest.Config, case: str, dtype: str) -> Verdict:
         ranks=option("--port-nproc"), device=option("--port-device"), timeout=option("--port-timeout"),
     )  # fmt: skip
     return verdict
+
+
+def _through_the_gate(config: pytest.Config, case: str, dtype: str) -> Verdict:
+    """The verdict on one case of L5, in this process."""
+    from conformance.adapters import find
+    from conformance.port.convergence import run_gate
+    from conformance.port.runner import Selection
+
+    _, vectors, claims = _setup(config)
+    adapter = find(config.getoption("--port"))
+    found = run_gate(adapter, claims, vectors, Selection((GATE,), (dtype,), (case,)))
+    return next(verdict for verdict in found if verdict.case == case)

@@ -21,7 +21,7 @@ from conformance.port.runner import Selection
 from conformance.port.selection import reason
 from conformance.vectors import VectorSet
 
-__all__ = ["AdapterPort", "gate_ids", "run_gate"]
+__all__ = ["AdapterPort", "gate_ids", "gate_jobs", "run_gate"]
 
 DIALECT = "dion"
 """The convention that the gate's bands were measured under: the oracle's defaults."""
@@ -81,6 +81,33 @@ def gate_ids(claims: Capabilities, vectors: VectorSet) -> list[str]:
     return found
 
 
+def gate_jobs(
+    claims: Capabilities, vectors: VectorSet, selection: Selection
+) -> list[tuple[str, str, Verdict | None]]:
+    """Every selected case and its dtype, with the verdict where it is known without running it.
+
+    The widest dtype that is claimed and wanted is used; rules not claimed under the gate's convention are listed.
+    """
+    if "L5" not in selection.levels or "L5" not in claims.levels:
+        return []
+    wanted = [one for one in ("float64", "float32", "bfloat16") if one in claims.dtypes]
+    dtype = next((one for one in wanted if not selection.dtypes or one in selection.dtypes), None)
+    hypers = _hypers(claims, vectors)
+    found: list[tuple[str, str, Verdict | None]] = []
+    for algorithm in SETTINGS:
+        if algorithm not in hypers and algorithm in claims.algorithms:
+            case, why = f"L5/{algorithm}", f"dialect {DIALECT} of {algorithm}"
+            blank = Verdict(case, "L5", algorithm, DIALECT, dtype or "-", UNCLAIMED, message=why)
+            found.append((case, blank.dtype, blank))
+    for case in gate_ids(claims, vectors):
+        if dtype is None or not selection.wants(case, "L5", dtype):
+            continue
+        skipped = reason(selection.skip, case, dtype)
+        known = None if skipped is None else _blank(case, dtype).with_status(SKIP, skipped)
+        found.append((case, dtype, known))
+    return found
+
+
 def run_gate(
     adapter: Adapter,
     claims: Capabilities,
@@ -89,48 +116,36 @@ def run_gate(
     *,
     on_verdict: Callable[[Verdict], None] = lambda _: None,
 ) -> list[Verdict]:
-    """A verdict for each rule and part; rules that are not claimed under the gate's convention are listed.
+    """A verdict for each rule and part.
 
     Args:
         adapter: the port's; it runs in this process.
         claims: what it claims.
         vectors: where the convention's hyperparameters stand.
-        selection: patterns, skips and xfails; the widest dtype that is claimed and wanted is used.
+        selection: patterns, dtypes, skips and xfails.
         on_verdict: called with each.
     """
-    wanted = [one for one in ("float64", "float32", "bfloat16") if one in claims.dtypes]
-    dtype = next((one for one in wanted if not selection.dtypes or one in selection.dtypes), None)
     hypers = _hypers(claims, vectors)
     verdicts: list[Verdict] = []
-
-    def done(verdict: Verdict) -> None:
+    for case, dtype, known in gate_jobs(claims, vectors, selection):
+        verdict = known
+        if verdict is None:
+            algorithm = case.split("/")[1]
+            port = AdapterPort(adapter, claims.name, {algorithm: hypers[algorithm]}, dtype)
+            verdict = selection.judged(_verdict(_blank(case, dtype), port))
         verdicts.append(verdict)
         on_verdict(verdict)
-
-    for algorithm in SETTINGS:
-        if algorithm not in hypers and algorithm in claims.algorithms:
-            why = f"dialect {DIALECT} of {algorithm}"
-            done(Verdict(f"L5/{algorithm}", "L5", algorithm, DIALECT, dtype or "-", UNCLAIMED, message=why))
-    if dtype is None:
-        return verdicts
-    storage = torch.float64 if dtype == "float64" else torch.float32
-    compute = torch.bfloat16 if dtype == "bfloat16" else storage
-    for case in gate_ids(claims, vectors):
-        _, algorithm, part = case.split("/")
-        if not selection.wants(case, "L5", dtype):
-            continue
-        blank = Verdict(case, "L5", algorithm, DIALECT, dtype, PASS)
-        if (skipped := reason(selection.skip, case, dtype)) is not None:
-            done(blank.with_status(SKIP, skipped))
-            continue
-        port = AdapterPort(adapter, claims.name, {algorithm: hypers[algorithm]}, dtype)
-        done(selection.judged(_verdict(blank, port, part, storage, compute)))
     return verdicts
 
 
-def _verdict(
-    blank: Verdict, port: AdapterPort, part: str, storage: torch.dtype, compute: torch.dtype
-) -> Verdict:
+def _blank(case: str, dtype: str) -> Verdict:
+    return Verdict(case, "L5", case.split("/")[1], DIALECT, dtype, PASS)
+
+
+def _verdict(blank: Verdict, port: AdapterPort) -> Verdict:
+    storage = torch.float64 if blank.dtype == "float64" else torch.float32
+    compute = torch.bfloat16 if blank.dtype == "bfloat16" else storage
+    part = blank.case.split("/")[2]
     try:
         result = Gate((part,), dtype=storage, compute_dtype=compute).run(port)
     except Exception as error:

@@ -8,7 +8,7 @@ from typing import Any
 
 from dion_ref import ALGORITHMS, PRESETS, Convention, Experts, Flatten, Heads, InterleavedRows, Rows
 
-VERSION = "2026.11.1"
+VERSION = "2026.11.2"
 """Calendar version of the set that `make` writes. Cases of an older version are published and never edited."""
 
 FLAGS: Mapping[str, str] = {
@@ -132,8 +132,7 @@ def plans() -> Iterator[Plan]:
             yield from _one_step(algorithm, dialect)
             yield from _special(algorithm, dialect)
             if algorithm not in ("adamw", "lion"):
-                if dialect in ("dion", "torch", "keller"):
-                    yield from _splits(algorithm, dialect)
+                yield from _splits(algorithm, dialect)
                 yield from _counts(algorithm, dialect)
             yield from _trajectories(algorithm, dialect)
 
@@ -211,10 +210,12 @@ def _special(algorithm: str, dialect: str) -> Iterator[Plan]:
 
 
 def _splits(algorithm: str, dialect: str) -> Iterator[Plan]:
+    since = "2026.11.1" if dialect in ("dion", "torch", "keller") else "2026.11.2"
     for name, (split, shape, flag) in SPLITS.items():
         yield Plan(
             "L1", algorithm, dialect, f"{_x(shape)}-{name}", shape, hyper_of(algorithm, dialect),
             f"a parameter of several logical matrices: {split}", (flag, "weight-decay"), split=split,
+            since=since,
         )  # fmt: skip
 
 

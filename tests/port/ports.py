@@ -131,6 +131,20 @@ class HangsBeforeOurStep:
         return optimizer
 
 
+class HalfSteps:
+    """Ours, but each update is half of what it should be."""
+
+    def capabilities(self) -> Capabilities:
+        return Capabilities("half", {"muon": ("dion",), "dion2": ("torch",)}, ("L5",), ("float64",))
+
+    def init(self, spec: Any, params: Arrays) -> Any:
+        return ours.adapter.init(spec, params)
+
+    def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
+        new, state = ours.adapter.step(params, grads, state, hyper)
+        return {name: (value + params[name]) / 2 for name, value in new.items()}, state
+
+
 perfect = OracleAdapter()
 idle = Idle()
 mislabelled = Mislabelled()
@@ -146,6 +160,7 @@ no_array = Broken("no array")
 raises_on_ranks = RaisesOnRanks()
 hangs_on_ranks = HangsOnRanks()
 hangs_before_our_step = HangsBeforeOurStep()
+half_steps = HalfSteps()
 no_adapter = object()
 
 

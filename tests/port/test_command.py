@@ -228,6 +228,26 @@ def test_the_plugin_runs_the_same_selection_in_parallel(tmp_path: Path) -> None:
     assert "conformance: broken: nan" in said
 
 
+def test_the_plugin_runs_the_convergence_gate(tmp_path: Path) -> None:
+    command = [
+        *(
+            sys.executable,
+            "-m",
+            "pytest",
+            "-rA",
+            "-p",
+            "no:cacheprovider",
+            "--pyargs",
+            "conformance.port.suite",
+        ),
+        *("--port", "tests.port.ports:half_steps", "--port-level", "L4-L5", "--port-case", "L5/muon/facts"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=170)
+    for said in ("FAILED", "test_port[L5/muon/facts@float64]", "must lie in", "1 failed"):
+        assert said in done.stdout, done.stdout
+
+
 def test_the_plugin_runs_meshes_too(tmp_path: Path) -> None:
     (tmp_path / "xfail").write_text("L4/muon/dion/4-S0  # rank two raises there\n")
     (tmp_path / "test_it.py").write_text("def test_conformance(conformance_case):\n    conformance_case()\n")

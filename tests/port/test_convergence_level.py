@@ -2,34 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 import pytest
 
-from conformance.adapters import Arrays, Capabilities
 from conformance.adapters.ours import adapter as ours
 from conformance.port.convergence import gate_ids, run_gate
 from conformance.port.grading import FAIL, PASS, SKIP, UNCLAIMED
 from conformance.port.runner import Selection
 from conformance.port.selection import Known
 from conformance.vectors import load
+from tests.port.ports import half_steps
 
 FACTS = Selection(("L5",), (), ("L5/muon/facts",))
-
-
-class HalfSteps:
-    """Ours, but each update is half of what it should be."""
-
-    def capabilities(self) -> Capabilities:
-        return Capabilities("half", {"muon": ("dion",), "dion2": ("torch",)}, ("L5",), ("float64",))
-
-    def init(self, spec: Any, params: Arrays) -> Any:
-        return ours.init(spec, params)
-
-    def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
-        new, state = ours.step(params, grads, state, hyper)
-        return {name: (value + params[name]) / 2 for name, value in new.items()}, state
 
 
 def test_ours_passes() -> None:
@@ -39,7 +22,7 @@ def test_ours_passes() -> None:
 
 
 def test_half_steps_fail_and_what_is_not_claimed_is_listed() -> None:
-    port = HalfSteps()
+    port = half_steps
     listed, verdict = run_gate(port, port.capabilities(), load(), FACTS)
     assert (listed.case, listed.status) == ("L5/dion2", UNCLAIMED)
     assert verdict.status == FAIL

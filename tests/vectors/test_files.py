@@ -69,7 +69,7 @@ def test_every_algorithm_and_preset_has_the_shapes_and_the_special_values(vector
             }
             needed |= {"cautious", "fresh-state", "warm-state"}
             if algorithm not in ("adamw", "lion"):
-                needed |= {"rank-deficient", "momentum-warmup"}
+                needed |= {"rank-deficient", "momentum-warmup", "fused", "heads", "experts", "convolution"}
             assert flags >= needed, (algorithm, dialect, needed - flags)
             assert {one.steps for one in cases} == {1, 10}
     everything = {flag for one in vectors for flag in one.flags}
