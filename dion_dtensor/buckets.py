@@ -68,6 +68,7 @@ class Bucket:
         self.state_dtype = momentum_dtype or own_dtype
         self.pending: tuple[int, ...] = ()
         """Mesh axes over which the momentum is still to be averaged."""
+        self._counts_steps = rule.counts_steps(group)
         self._scalars: dict[str, Any] = {}
         self.forms = {member: self._state_forms(member) for member in self.members}
         self._scales: dict[Hashable, Tensor] = {}
@@ -79,7 +80,7 @@ class Bucket:
         }
         """Each member's slice of the stack of a state."""
         for member in self.members:
-            if rule.counts_steps:
+            if self._counts_steps:
                 member.views["step"] = torch.zeros((), dtype=torch.float32)
             for key in self.stacks:
                 member.views[key] = member.shown(self.forms[member][key].shown, self._own(member, key))
@@ -96,7 +97,11 @@ class Bucket:
         form = self.members[0].form
         if form is None:
             return (1.0,)
-        return tuple(scale_factor(self.group.get("scale"), (piece.m, piece.n)) for piece in form.pieces)
+        how = self._scaling()
+        return tuple(scale_factor(how[0], (piece.m, piece.n), how[1]) for piece in form.pieces)
+
+    def _scaling(self) -> tuple[str | None, str]:
+        return self.group.get("scale"), self.group.get("weight_storage", "out_in")
 
     @property
     def choice(self) -> Choice | None:
@@ -120,10 +125,10 @@ class Bucket:
 
     def _scale(self) -> Tensor:
         """The factor that the group asks for now."""
-        name = self.group.get("scale")
-        if name not in self._scales:
-            self._scales[name] = self._made_scale()
-        return self._scales[name]
+        how = None if self.rule.elementwise else self._scaling()
+        if how not in self._scales:
+            self._scales[how] = self._made_scale()
+        return self._scales[how]
 
     def _made_scale(self) -> Tensor:
         """One factor, or one for each row of a logical matrix that this rank holds where the pieces differ in shape."""
@@ -151,7 +156,12 @@ class Bucket:
             pending: mesh axes over which the gradients are not averaged yet.
         """
         self.pending = tuple(sorted({*self.pending, *pending}))
-        if not self.rule.counts_steps:
+        if self.rule.counts_steps(self.group) != self._counts_steps:
+            raise RuntimeError(
+                f"{members[0].name}: its group began with bias_correction={not self.group['bias_correction']}, which "
+                "cannot change, for its steps are counted or not; make a new optimizer"
+            )
+        if not self._counts_steps:
             return self._step(members, grads, None)
         counts: dict[float, list[int]] = {}
         for index, member in enumerate(members):

@@ -78,7 +78,7 @@ def check_group(group: Mapping[str, Any], foreign: bool = False) -> None:
     if "epsilon" in group and not group["epsilon"] > 0:
         raise ValueError(f"epsilon={group['epsilon']} must be positive")
     if "scale" in group:
-        scale_factor(group["scale"], (1, 1))
+        scale_factor(group["scale"], (1, 1), group.get("weight_storage", "out_in"))
     rule.check(group)
 
 

@@ -77,6 +77,7 @@ def _keys(
     if "momentum_buffer" in state:  # torch.optim.Muon
         _same(where, "algorithm", rule, "muon")
         _same(where, "momentum", group["momentum"], "ema")
+        _same(where, "bias_correction", group["bias_correction"], False)
         _same(where, "nesterov", group["nesterov"], bool(saved["nesterov"]))
         _same(where, "mu", float(group["mu"]), float(saved["momentum"]))
         return {"momentum": "momentum_buffer"}

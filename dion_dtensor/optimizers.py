@@ -34,12 +34,14 @@ class Muon(OrthonormalOptimizer):
         mu: momentum factor, in [0, 1).
         nesterov: look one momentum step ahead.
         momentum: "sum" (``M <- mu M + G``) or "ema" (``M <- mu M + (1 - mu) G``).
+        bias_correction: with "ema": divide M and G by what their weights add up to at this step (optax.contrib.muon).
         polynomial: "polar_express", "keller", "you", "polar_express_gns", "cans", or triples ``(a, b, c)``.
         epsilon: keeps a zero momentum at zero; ``epsilon_rule`` "add" or "clamp" says where it stands.
         epsilon_rule: see :func:`dion_dtensor.orthonormalize.newton_schulz`.
         norm_factor: factor on the norm before the polynomial; None for the one that belongs to the polynomial.
         scale: "spectral_norm" (sqrt(m/n)), "keller" (sqrt(max(1, m/n))), "moonlight" (0.2 sqrt(max(m, n))), "nvidia"
             (sqrt(max(m, n))), or None, by the full shape of the logical matrix.
+        weight_storage: "in_out" where the columns are the outputs, so that m and n change places in the scale.
         path: "assemble" (also "auto") brings whole matrices together; "gram" sends their small Gram matrices alone
             where only the long side is sharded, in float32 or wider.  The result is the same up to rounding.
         common: weight decay, precision, compilation, replicas: see :class:`~dion_dtensor.optimizer.Common`.
@@ -53,11 +55,13 @@ class Muon(OrthonormalOptimizer):
         nesterov: bool = False,
         *,
         momentum: str = "sum",
+        bias_correction: bool = False,
         polynomial: Polynomial = "polar_express",
         epsilon: float = 1e-8,
         epsilon_rule: str = "add",
         norm_factor: float | None = None,
         scale: str | None = "spectral_norm",
+        weight_storage: str = "out_in",
         path: str = "auto",
         **common: Unpack[Common],
     ) -> None:
@@ -65,12 +69,14 @@ class Muon(OrthonormalOptimizer):
             "mu": mu,
             "nesterov": nesterov,
             "momentum": momentum,
+            "bias_correction": bias_correction,
             "path": path,
             "polynomial": _named(polynomial),
             "epsilon": epsilon,
             "epsilon_rule": epsilon_rule,
             "norm_factor": norm_factor,
             "scale": scale,
+            "weight_storage": weight_storage,
         }
         super().__init__(params, algorithm="muon", options=options, lr=lr, **common)
 
@@ -81,8 +87,8 @@ class NorMuon(OrthonormalOptimizer):
     Source: Li et al., arXiv 2510.05491; order of operations of microsoft/dion.  Norms are those of whole matrices.
 
     Args:
-        params, lr, mu, nesterov, momentum, polynomial, epsilon, epsilon_rule, norm_factor, scale, common: as for
-            :class:`Muon`.
+        params, lr, mu, nesterov, momentum, bias_correction, polynomial, epsilon, epsilon_rule, norm_factor, scale,
+            weight_storage, common: as for :class:`Muon`.
         beta2: decay of the rows' variance, in [0, 1).
         variance_epsilon: added to its root.
     """
@@ -97,17 +103,20 @@ class NorMuon(OrthonormalOptimizer):
         beta2: float = 0.95,
         variance_epsilon: float = 1e-8,
         momentum: str = "sum",
+        bias_correction: bool = False,
         polynomial: Polynomial = "polar_express",
         epsilon: float = 1e-8,
         epsilon_rule: str = "add",
         norm_factor: float | None = None,
         scale: str | None = "spectral_norm",
+        weight_storage: str = "out_in",
         **common: Unpack[Common],
     ) -> None:
         options = {
             "mu": mu,
             "nesterov": nesterov,
             "momentum": momentum,
+            "bias_correction": bias_correction,
             "beta2": beta2,
             "variance_epsilon": variance_epsilon,
             "polynomial": _named(polynomial),
@@ -115,6 +124,7 @@ class NorMuon(OrthonormalOptimizer):
             "epsilon_rule": epsilon_rule,
             "norm_factor": norm_factor,
             "scale": scale,
+            "weight_storage": weight_storage,
         }
         super().__init__(params, algorithm="normuon", options=options, lr=lr, **common)
 
@@ -142,7 +152,7 @@ class Dion(OrthonormalOptimizer):
             back, each matrix to one rank, which is less on long axes; "auto" takes what is predicted to cost less.
             Gradients that are not averaged yet take "low_rank".
         epsilon: added to the column norms of Q.
-        scale: as for :class:`Muon`.
+        scale, weight_storage: as for :class:`Muon`.
         seed: of the initial Q, which depends on (seed, name, logical matrix, row, column) only.
         resync_every: steps between two averages of the momentum; None for never.
 
@@ -163,6 +173,7 @@ class Dion(OrthonormalOptimizer):
         path: str = "auto",
         epsilon: float = 1e-8,
         scale: str | None = "spectral_norm",
+        weight_storage: str = "out_in",
         seed: int = 0,
         resync_every: int | None = None,
         **common: Unpack[Common],
@@ -176,6 +187,7 @@ class Dion(OrthonormalOptimizer):
             "path": path,
             "epsilon": epsilon,
             "scale": scale,
+            "weight_storage": weight_storage,
         }
         super().__init__(
             params, algorithm="dion", options=options, lr=lr, seed=seed, resync_every=resync_every, **common
@@ -189,7 +201,8 @@ class Dion2(OrthonormalOptimizer):
     chosen slices travel.
 
     Args:
-        params, lr, polynomial, epsilon, epsilon_rule, norm_factor, scale, common: as for :class:`Muon`.
+        params, lr, polynomial, epsilon, epsilon_rule, norm_factor, scale, weight_storage, common: as for
+            :class:`Muon`.
         mu: factor on the momentum of the chosen slices, in [0, 1).
         fraction: of the slices of the shorter side (rows if m <= n), at least one slice.
         path: "exchange" (also "auto") or "assemble": whether chosen slices alone travel, or all of them do by ordinary
@@ -208,6 +221,7 @@ class Dion2(OrthonormalOptimizer):
         epsilon_rule: str = "add",
         norm_factor: float | None = None,
         scale: str | None = "spectral_norm",
+        weight_storage: str = "out_in",
         path: str = "auto",
         **common: Unpack[Common],
     ) -> None:
@@ -219,6 +233,7 @@ class Dion2(OrthonormalOptimizer):
             "epsilon_rule": epsilon_rule,
             "norm_factor": norm_factor,
             "scale": scale,
+            "weight_storage": weight_storage,
             "path": path,
         }
         super().__init__(params, algorithm="dion2", options=options, lr=lr, **common)
@@ -230,8 +245,8 @@ class Dion3(OrthonormalOptimizer):
     Source: arXiv 2608.11612.  Choice and norms are those of the whole matrix.
 
     Args:
-        params, lr, mu, fraction, polynomial, epsilon, epsilon_rule, norm_factor, scale, path, common: as for
-            :class:`Dion2`; the slices are rows whatever the shape.
+        params, lr, mu, fraction, polynomial, epsilon, epsilon_rule, norm_factor, scale, weight_storage, path,
+            common: as for :class:`Dion2`; the slices are rows whatever the shape.
         beta2: decay of the chosen rows' variance, in [0, 1).
         variance_epsilon: added to its root.
     """
@@ -250,6 +265,7 @@ class Dion3(OrthonormalOptimizer):
         epsilon_rule: str = "add",
         norm_factor: float | None = None,
         scale: str | None = "spectral_norm",
+        weight_storage: str = "out_in",
         path: str = "auto",
         **common: Unpack[Common],
     ) -> None:
@@ -263,6 +279,7 @@ class Dion3(OrthonormalOptimizer):
             "epsilon_rule": epsilon_rule,
             "norm_factor": norm_factor,
             "scale": scale,
+            "weight_storage": weight_storage,
             "path": path,
         }
         super().__init__(params, algorithm="dion3", options=options, lr=lr, **common)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-__all__ = ["SCALES", "scale_factor"]
+__all__ = ["SCALES", "WEIGHT_STORAGES", "scale_factor"]
 
 SCALES = {
     "spectral_norm": lambda m, n: math.sqrt(m / n),  # microsoft/dion
@@ -15,15 +15,20 @@ SCALES = {
 }
 
 
-def scale_factor(scale: str | None, shape: tuple[int, ...]) -> float:
-    """The factor of a matrix ``[fan_out, fan_in]``; 1 for ``None``.
+WEIGHT_STORAGES = ("out_in", "in_out")
+
+
+def scale_factor(scale: str | None, shape: tuple[int, ...], weight_storage: str = "out_in") -> float:
+    """The factor of a matrix ``[fan_out, fan_in]``, or ``[fan_in, fan_out]`` if "in_out"; 1 for ``None``.
 
     Raises:
         ValueError: an unknown name.
     """
+    if weight_storage not in WEIGHT_STORAGES:
+        raise ValueError(f"weight_storage={weight_storage!r} must be 'out_in' or 'in_out'")
     if scale is None:
         return 1.0
     if scale not in SCALES:
         raise ValueError(f"scale={scale!r} is unknown; choose from {sorted(SCALES)} or None")
-    m, n = shape
+    m, n = shape if weight_storage == "out_in" else shape[::-1]
     return SCALES[scale](m, n)

@@ -73,7 +73,7 @@ def update_of(plan: Plan) -> Callable[..., Tensor]:
         old = {name: wrap(stacks[name], layout) for name, layout in layouts.items()}
         grad = wrap(-grads if plan.maximize else grads, plan.grad_layout)
         if plan.split is None:
-            if rule.counts_steps:
+            if "step" in scalars:
                 old["step"] = scalars["step"]
             direction, state = rule.update(grad, rule.state(**old), _hyper(plan, 0, scalars))
             new = state._asdict()

@@ -45,9 +45,9 @@ def _available() -> dict[str, tuple[str, ...]]:
 def _dialects(arguments: set[str]) -> tuple[str, ...]:
     """Those that the class has the arguments for."""
     plain = ("dion", "dion-you", "dion-keller", "dion-gns", "dion-cans", "dion-unscaled")
-    if not {"momentum", "nesterov", "epsilon_rule"} <= arguments:
+    if "nesterov" not in arguments:
         return plain
-    return (*plain, "keller", "torch", "torch-match-rms", "moonlight", "nvidia")
+    return (*plain, "keller", "torch", "torch-match-rms", "moonlight", "nvidia", "optax")
 
 
 def build(params: Named, spec: Spec) -> torch.optim.Optimizer:

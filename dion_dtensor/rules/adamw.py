@@ -93,6 +93,6 @@ ADAMW = Rule(
     states=states,
     elementwise=True,
     fused=fused,
-    counts_steps=True,
+    counts_steps=lambda group: True,
     check=check_betas,
 )

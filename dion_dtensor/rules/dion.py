@@ -166,6 +166,7 @@ DION = Rule(
         "path": "auto",
         "epsilon": 1e-8,
         "scale": "spectral_norm",
+        "weight_storage": "out_in",
     },
     scalars=("mu", "epsilon"),
     states=states,

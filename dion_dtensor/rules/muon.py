@@ -22,7 +22,14 @@ from dion_dtensor.rules.shared import (
 )
 from dion_dtensor.whole_matrices import on_whole_matrices
 
-__all__ = ["MUON", "accumulated", "check_momentum"]
+__all__ = ["MOMENTUM_DEFAULTS", "MUON", "accumulated", "check_momentum", "corrects_bias"]
+
+MOMENTUM_DEFAULTS: dict[str, Any] = {
+    "mu": 0.95,
+    "nesterov": False,
+    "momentum": "sum",
+    "bias_correction": False,
+}
 
 
 class Hyper(NamedTuple):
@@ -32,6 +39,7 @@ class Hyper(NamedTuple):
     epsilon: Scalar
     momentum: str
     nesterov: bool
+    bias_correction: bool
     path: str
     coefficients: Coefficients
     epsilon_rule: str
@@ -41,14 +49,15 @@ class Hyper(NamedTuple):
 
 
 class State(NamedTuple):
-    """``momentum``: ``[N, m, n]``."""
+    """``momentum``: ``[N, m, n]``; ``step``: 0-d, this step included, None without bias correction."""
 
     momentum: Tensor
+    step: Tensor | None = None
 
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``, or of whole parameters ``[N, *shape]``."""
-    momentum, direction = accumulated(grad, state.momentum, hyper)
+    momentum, direction = accumulated(grad, state, hyper)
     stored = State(to_dtype(momentum, state.momentum.dtype))
     if hyper.path == "gram" and hyper.split is None and gram_applies(direction):
         return by_gram(direction, hyper), stored
@@ -56,16 +65,25 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     return on_whole_matrices(each_piece(orthonormalizer(hyper), hyper.split), rounded), stored
 
 
-def accumulated(grad: Tensor, momentum: Tensor, hyper: Any) -> tuple[Tensor, Tensor]:
+def accumulated(grad: Tensor, state: Any, hyper: Any) -> tuple[Tensor, Tensor]:
     """The new momentum, and what is to be orthonormalized."""
-    share = 1 - hyper.mu if hyper.momentum == "ema" else 1.0
-    wide = widest(momentum, grad)
+    mu, t = hyper.mu, state.step
+    share = 1 - mu if hyper.momentum == "ema" else 1.0
+    wide = widest(state.momentum, grad)
 
     def accumulate(momentum: Tensor, grad: Tensor) -> Tensor:
-        total: Tensor = hyper.mu * momentum.to(wide) + share * grad.to(wide)
+        total: Tensor = mu * momentum.to(wide) + share * grad.to(wide)
         return total
 
-    momentum = elementwise(accumulate, momentum, grad)
+    def corrected(momentum: Tensor, grad: Tensor) -> Tensor:
+        if not hyper.nesterov:
+            average: Tensor = momentum / (1 - mu**t)
+            return average
+        return accumulate(momentum / (1 - mu ** (t + 1)), grad / (1 - mu**t))
+
+    momentum = elementwise(accumulate, state.momentum, grad)
+    if hyper.bias_correction:
+        return momentum, elementwise(corrected, momentum, grad)
     return momentum, elementwise(accumulate, momentum, grad) if hyper.nesterov else momentum
 
 
@@ -74,11 +92,18 @@ def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateS
     return {"momentum": StateSpec()}
 
 
+def corrects_bias(group: Mapping[str, Any]) -> bool:
+    """Whether the number of steps is read."""
+    return bool(group["bias_correction"])
+
+
 def check_momentum(group: Mapping[str, Any]) -> None:
     """Refuse hyperparameters outside their range."""
     check_polynomial(group)
     if group["momentum"] not in ("sum", "ema"):
         raise ValueError(f"momentum={group['momentum']!r} must be 'sum' or 'ema'")
+    if group["bias_correction"] and group["momentum"] != "ema":
+        raise ValueError("bias_correction=True needs momentum='ema': a sum has no weights that add up to 1")
 
 
 def check(group: Mapping[str, Any]) -> None:
@@ -93,9 +118,10 @@ MUON = Rule(
     update=update,
     hyper=Hyper,
     state=State,
-    defaults={"mu": 0.95, "nesterov": False, "momentum": "sum", "path": "auto", **POLYNOMIAL_DEFAULTS},
+    defaults={**MOMENTUM_DEFAULTS, "path": "auto", **POLYNOMIAL_DEFAULTS},
     scalars=("mu", "epsilon"),
     states=states,
+    counts_steps=corrects_bias,
     cuts=SPLITS,
     check=check,
     prepare=polynomial_fields,

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dion_dtensor.matrices import SPLITS, Split, each_piece
 from dion_dtensor.orthonormalize.polynomial import Coefficients
-from dion_dtensor.rules.muon import accumulated, check_momentum
+from dion_dtensor.rules.muon import MOMENTUM_DEFAULTS, accumulated, check_momentum, corrects_bias
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 from dion_dtensor.rules.shared import (
     POLYNOMIAL_DEFAULTS,
@@ -35,6 +35,7 @@ class Hyper(NamedTuple):
     beta2: Scalar
     momentum: str
     nesterov: bool
+    bias_correction: bool
     variance_epsilon: Scalar
     coefficients: Coefficients
     epsilon_rule: str
@@ -44,10 +45,11 @@ class Hyper(NamedTuple):
 
 
 class State(NamedTuple):
-    """``momentum``: ``[N, m, n]``; ``variance``: ``[N, m, 1]``."""
+    """``momentum``: ``[N, m, n]``; ``variance``: ``[N, m, 1]``; ``step`` as Muon's."""
 
     momentum: Tensor
     variance: Tensor
+    step: Tensor | None = None
 
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
@@ -55,7 +57,7 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
 
     Rows are normalized where their matrix is whole.
     """
-    momentum, direction = accumulated(grad, state.momentum, hyper)
+    momentum, direction = accumulated(grad, state, hyper)
     orthonormalize = orthonormalizer(hyper)
 
     def normalized(X: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
@@ -86,14 +88,13 @@ NORMUON = Rule(
     hyper=Hyper,
     state=State,
     defaults={
-        "mu": 0.95,
-        "nesterov": False,
-        "momentum": "sum",
+        **MOMENTUM_DEFAULTS,
         **VARIANCE_DEFAULTS,
         **POLYNOMIAL_DEFAULTS,
     },
     scalars=("mu", "epsilon", "beta2", "variance_epsilon"),
     states=states,
+    counts_steps=corrects_bias,
     cuts=SPLITS,
     check=check,
     prepare=polynomial_fields,

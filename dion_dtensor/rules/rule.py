@@ -58,6 +58,7 @@ class Rule:
         pending_states: states that may differ among ranks which hold the same parameter, since ``update`` reads the
             gradient and them only through averages: then the gradient need not be averaged first.
         elementwise: works on each element by itself, so that parameters of any shape and layout share a bucket.
+        counts_steps: ``group -> bool``, whether ``state`` has the field ``step`` there.
         fused: ``(weights, grads, states, group, step)``, a kernel of torch for the whole step, decay included, on lists
             of contiguous tensors of one dtype; states by name, all in place.  For elementwise rules.
         check: raises ValueError for a param group with bad hyperparameters.
@@ -76,7 +77,7 @@ class Rule:
     pending_states: tuple[str, ...] = ()
     elementwise: bool = False
     fused: Callable[..., None] | None = None
-    counts_steps: bool = False
+    counts_steps: Callable[[Mapping[str, Any]], bool] = field(default=lambda group: False)
     check: Callable[[Mapping[str, Any]], None] = field(default=lambda group: None)
     prepare: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, Any]] = field(
         default=lambda shape, group: {}

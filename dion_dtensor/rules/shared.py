@@ -31,6 +31,7 @@ POLYNOMIAL_DEFAULTS: dict[str, Any] = {
     "epsilon_rule": "add",
     "norm_factor": None,
     "scale": "spectral_norm",
+    "weight_storage": "out_in",
 }
 
 

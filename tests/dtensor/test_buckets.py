@@ -38,6 +38,14 @@ def test_the_scale_is_that_of_the_group_now() -> None:
     assert torch.equal(stepped(one, parameter, 1), stepped(other, expected, 1))
 
 
+def test_the_scale_of_a_transposed_weight_has_rows_and_columns_exchanged() -> None:
+    (one, parameter), (other, expected) = made(weight_storage="in_out"), made(scale=None)
+    changes = [stepped(one, parameter, 1), stepped(other, expected, 1)]
+    torch.testing.assert_close(changes[0], changes[1] * (12 / 6) ** 0.5, rtol=1e-13, atol=1e-15)
+    with pytest.raises(ValueError, match="weight_storage='out' must be"):
+        made(weight_storage="out")
+
+
 def test_a_loaded_scale_is_that_of_the_next_step() -> None:
     (saver, saved), (loader, loaded) = made(scale="moonlight"), made(scale="spectral_norm")
     stepped(saver, saved, 1)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.dtensor.layouts import Layout
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
-from tests.dtensor.test_on_ranks import EVERY, error, on_one_thread
+from tests.dtensor.references import EVERY, error, on_one_thread
 
 COMPUTED = ((torch.float64, torch.float64), (torch.float32, torch.float32), (torch.float32, torch.bfloat16))
 # By compute dtype. The last columns of P of a square Gaussian matrix are worth several digits less than the others.

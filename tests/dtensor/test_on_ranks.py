@@ -1,18 +1,11 @@
-"""On real processes: the same update on every mesh, wrapped models, and faults on one rank.
-
-One file, so that one test process owns the ranks.
-"""
+"""On real processes: the same update on every mesh, wrapped models, and faults on one rank."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.torch_version import TorchVersion
 
 from conformance.plan.counting import fake_mesh
@@ -31,6 +24,7 @@ from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.overlap_programs import NINE, run_in_turns, steps_of
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
+from tests.dtensor.references import EVERY, cases, error, on_one_device, on_one_thread, slow
 from tests.dtensor.replica_programs import (
     flattened,
     low_rank_steps,
@@ -41,44 +35,10 @@ from tests.dtensor.replica_programs import (
 from tests.dtensor.split_programs import SHAPES as SPLITS
 from tests.dtensor.split_programs import split_steps
 
-COMPILED_SHAPES = ((13, 10), (13, 10), (13, 10))
-COMPILED = [layout(text) for text in ("2x2 T0 S0", "2x2 S0 S1", "2x2 R S0", "4 S0")]
 SAMPLE = [layout(text) for text in ("4 S0", "2x2 S0 S1", "2x2 T0 S0", "2x3 S0 S1", "8 S0", "2x2x2 R S0 S1")]
-ELEMENTWISE = [*COMPILED, layout("4 R"), layout("2x2x2 R S0 S1")]
-
-
-def on_one_thread(function: Callable[..., Any], *arguments: Any, **options: Any) -> Any:
-    """As the ranks run it: with more threads sums run in another order."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        return function(*arguments, **options)
-    finally:
-        torch.set_num_threads(threads)
-
-
-@cache
-def on_one_device(name: str, small: bool) -> dict[str, list[Tensor]]:
-    options: dict[str, Any] = {"shapes": COMPILED_SHAPES} if small else {}
-    result: dict[str, list[Tensor]] = on_one_thread(run_steps, name, None, compile=False, **options)
-    return result
-
-
-def error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
-
-
-def cases(names: Sequence[str], layouts: Sequence[Layout], sample: Sequence[Layout]) -> list[Any]:
-    """Each name on each layout; those outside the sample run in the long sweep."""
-    return [
-        pytest.param(name, where, id=f"{name}-{where}", marks=[] if where in sample else pytest.mark.slow)
-        for name in names
-        for where in layouts
-    ]
-
-
-def slow(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.slow)
+ELEMENTWISE = [
+    layout(text) for text in ("2x2 T0 S0", "2x2 S0 S1", "2x2 R S0", "4 S0", "4 R", "2x2x2 R S0 S1")
+]
 
 
 WHOLE = [*cases(["muon"], LAYOUTS, LAYOUTS), *cases(["normuon", "dion2", "dion3"], LAYOUTS, SAMPLE)]
@@ -92,6 +52,16 @@ def test_whole_matrix_rules_are_bitwise_those_of_one_device(ranks: Ranks, name: 
         for key, values in expected.items():
             for index, value in enumerate(values):
                 assert torch.equal(result[key][index], value), (key, index)
+
+
+def test_bias_correction_is_bitwise_that_of_one_device(ranks: Ranks) -> None:
+    options = {"compile": False, "momentum": "ema", "nesterov": True, "bias_correction": True}
+    expected = on_one_thread(run_steps_with, "muon", None, options)
+    plain = on_one_device("muon", False)
+    for where in (layout("2x2 S0 S1"), layout("2x2 T0 S0"), layout("4 R")):
+        for result in ranks.run(where.world, run_steps_with, "muon", where, options):
+            assert all(torch.equal(a, b) for a, b in zip(result["weight"], expected["weight"], strict=True))
+            assert not torch.equal(result["weight"][0], plain["weight"][0])
 
 
 @pytest.mark.parametrize("name", ["dion2", "dion3"])
@@ -230,7 +200,7 @@ SPLIT_LAYOUTS = {
 }
 
 
-@pytest.mark.parametrize("name", ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3"])
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("split", SPLITS)
 def test_logical_matrices_are_those_of_one_device(ranks: Ranks, split: str, name: str) -> None:
     expected = on_one_thread(split_steps, name, split, None, {"compile": False})
@@ -243,23 +213,6 @@ def test_logical_matrices_are_those_of_one_device(ranks: Ranks, split: str, name
                         assert error(ours, theirs) < 1e-11, (where, key)
                     else:
                         assert torch.equal(ours, theirs), (where, key)
-
-
-@pytest.mark.parametrize(
-    ("name", "split", "where"),
-    [
-        *((name, "rows(13, 3, 4)", "3 S0") for name in ("normuon", "dion2", "dion3")),
-        *((name, "rows(3, 2)", "4 S0") for name in ("dion2", "dion3")),  # a rank holds nothing
-    ],
-)
-def test_compiled_blocks_of_both_kinds_agree_where_shards_differ(
-    ranks: Ranks, name: str, split: str, where: str
-) -> None:
-    expected = on_one_thread(split_steps, name, split, None, {"compile": False})
-    world = layout(where).world
-    for result in ranks.run(world, split_steps, name, split, layout(where), {"compile": True}):
-        for key, values in expected.items():
-            assert all(error(a, b) < 1e-14 for a, b in zip(result[key], values, strict=True)), key
 
 
 @pytest.mark.parametrize("name", ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3", "adamw", "lion"])
@@ -318,50 +271,6 @@ def test_elementwise_rules_are_bitwise_those_of_one_device(ranks: Ranks, where: 
     for result in ranks.run(where.world, run_steps_with, name, where, {"compile": False}):
         for key, values in expected.items():
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(result[key], values, strict=True))
-
-
-EVERY = ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3"]
-
-
-@pytest.mark.parametrize(
-    ("name", "where"),
-    [
-        *cases(["muon", "dion"], COMPILED, COMPILED[:2]),
-        *cases([name for name in EVERY if name not in ("muon", "dion", "dion3")], COMPILED, COMPILED[:1]),
-        *cases(
-            ["dion3"], COMPILED, [*COMPILED[:3:2], COMPILED[3]]
-        ),  # also where replicas share the chosen rows
-    ],
-)
-def test_compiled_agrees(ranks: Ranks, name: str, where: Layout) -> None:
-    expected = on_one_device(name, True)
-    options = {"compile": True, "shapes": COMPILED_SHAPES}
-    for result in ranks.run(where.world, run_steps_with, name, where, options):
-        for index, weight in enumerate(expected["weight"]):
-            assert error(result["weight"][index], weight) < (
-                1e-11 if name in ("dion", "orth_dion") else 1e-14
-            )
-
-
-@pytest.mark.parametrize(
-    ("name", "where", "shape"),
-    [("dion2", "4 S0", (3, 7)), ("dion2", "4 S1", (7, 3)), ("dion3", "2x2 S0 S1", (1, 7))],
-)
-def test_compiled_ranks_that_hold_nothing_take_part(
-    ranks: Ranks, name: str, where: str, shape: tuple[int, int]
-) -> None:
-    options = {"compile": True, "shapes": (shape, shape)}
-    expected = on_one_thread(run_steps_with, name, None, options | {"compile": False})
-    for result in ranks.run(4, run_steps_with, name, layout(where), options):
-        for ours, theirs in zip(result["weight"], expected["weight"], strict=True):
-            assert error(ours, theirs) < 1e-14
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
-@pytest.mark.parametrize("where", [one for one in LAYOUTS if one not in COMPILED], ids=str)
-def test_compiled_agrees_everywhere(ranks: Ranks, where: Layout, name: str) -> None:
-    test_compiled_agrees(ranks, name, where)
 
 
 @pytest.mark.parametrize("algorithm", ["muon", "dion"])

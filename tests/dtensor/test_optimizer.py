@@ -32,13 +32,18 @@ def test_training_reduces_the_loss(algorithm: str) -> None:
     assert loss < 0.9 * before
 
 
-@pytest.mark.parametrize("algorithm", MATRIX_RULES)
-def test_schedules_compile_once_and_agree_with_eager(algorithm: str) -> None:
+CORRECTED = {"momentum": "ema", "nesterov": True, "bias_correction": True}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "options"), [*((name, {}) for name in MATRIX_RULES), ("muon", CORRECTED)], ids=str
+)
+def test_schedules_compile_once_and_agree_with_eager(algorithm: str, options: dict[str, Any]) -> None:
     results = []
     update_of.cache_clear()
     for compiled in (False, True):
         model = Small(torch.float64)
-        optimizer = optimizer_of(model, algorithm, compile=compiled)
+        optimizer = optimizer_of(model, algorithm, compile=compiled, **options)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
         torch._dynamo.utils.counters.clear()
         for step in range(50):
@@ -102,6 +107,35 @@ def test_parameters_without_gradient_are_left_alone() -> None:
     assert ours.state[model.extra.bias]["step"] == 0
     assert torch.equal(other.extra.weight, torch.full((12, 6), 1 - 0.02 * 0.01))
     assert torch.equal(model.up.weight, other.up.weight)
+
+
+def test_bias_correction_counts_each_parameters_own_steps() -> None:
+    """One that had no gradient at first steps as one that began later."""
+    alone, late, early = (nn.Parameter(torch.eye(3, dtype=torch.float64)) for _ in range(3))
+    ours = make("muon", [("late", late), ("early", early)], **CORRECTED)
+    other = make("muon", [("alone", alone)], **CORRECTED)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(4):
+        early.grad = torch.randn(3, 3, dtype=torch.float64, generator=generator)
+        if step > 1:
+            late.grad = torch.randn(3, 3, dtype=torch.float64, generator=generator)
+            alone.grad = late.grad.clone()
+            other.step()
+        ours.step()
+    assert torch.equal(late, alone)
+    assert (ours.state[late]["step"], ours.state[early]["step"]) == (2, 4)
+
+
+def test_bias_correction_begins_with_the_optimizer_or_never() -> None:
+    weight = nn.Parameter(torch.eye(3))
+    with pytest.raises(ValueError, match="bias_correction=True needs momentum='ema'"):
+        make("muon", [("w", weight)], bias_correction=True)
+    optimizer = make("muon", [("w", weight)], momentum="ema")
+    optimizer.param_groups[0]["bias_correction"] = True
+    weight.grad = torch.ones(3, 3)
+    with pytest.raises(RuntimeError, match="w: its group began with bias_correction=False"):
+        optimizer.step()
+    assert torch.equal(weight, torch.eye(3))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

@@ -91,6 +91,14 @@ MUON_OPTIONS = [
     {"polynomial": "polar_express_gns", "scale": "moonlight", "norm_factor": 1.05},
     {"polynomial": ((2.0, -1.5, 0.5), (1.5, -0.5, 0.0)), "scale": None},
     {"cautious": True, "mu": 0.8},
+    {"momentum": "ema", "bias_correction": True, "mu": 0.0},
+    {
+        "momentum": "ema",
+        "bias_correction": True,
+        "nesterov": True,
+        "scale": "keller",
+        "weight_storage": "in_out",
+    },
 ]
 
 
@@ -106,6 +114,7 @@ def test_muon_follows_the_oracle(options: dict[str, Any]) -> None:
         {"rank_fraction": 0.5},
         {"rank_fraction": 0.26, "rank_multiple": 2},
         {"scale": None, "cautious": True},
+        {"weight_storage": "in_out"},
     ],
     ids=str,
 )
@@ -118,9 +127,10 @@ def test_dion_follows_the_oracle(options: dict[str, Any]) -> None:
     [
         ("normuon", {}),
         ("normuon", {"nesterov": True, "momentum": "ema", "beta2": 0.9, "variance_epsilon": 1e-10}),
+        ("normuon", {"momentum": "ema", "bias_correction": True, "weight_storage": "in_out"}),
         ("normuon", {"scale": "moonlight", "polynomial": "keller", "cautious": True}),
         ("dion2", {}),
-        ("dion2", {"fraction": 1.0}),
+        ("dion2", {"fraction": 1.0, "weight_storage": "in_out"}),
         ("dion2", {"fraction": 0.07, "mu": 0.5, "cautious": True, "scale": "keller"}),
         ("dion3", {}),
         ("dion3", {"fraction": 1.0, "beta2": 0.5}),

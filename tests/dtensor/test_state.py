@@ -213,6 +213,11 @@ def test_torch_muon_goes_on_here() -> None:
     assert torch.equal(optimizer.state[ours]["momentum"], other.state[theirs]["momentum_buffer"])
     with pytest.raises(ValueError, match=r"w \[6, 4\]: momentum is 'sum' here and 'ema' in the saved state"):
         import_state_dict(Muon([("w", ours)], mu=0.9, nesterov=True), other.state_dict())
+    with pytest.raises(ValueError, match="bias_correction is True here and False in the saved state"):
+        import_state_dict(
+            Muon([("w", ours)], mu=0.9, nesterov=True, momentum="ema", bias_correction=True),
+            other.state_dict(),
+        )
     with pytest.raises(ValueError, match=r"mu is 0.95 here and 0.9"):
         import_state_dict(Muon([("w", ours)], nesterov=True, momentum="ema"), other.state_dict())
 
