@@ -205,8 +205,8 @@ class Dion2(OrthonormalOptimizer):
             :class:`Muon`.
         mu: factor on the momentum of the chosen slices, in [0, 1).
         fraction: of the slices of the shorter side (rows if m <= n), at least one slice.
-        path: "exchange" (also "auto") or "assemble": whether chosen slices alone travel, or all of them do by ordinary
-            collectives.  The result is the same.
+        path: "exchange" sends chosen slices alone, "assemble" all of them by ordinary collectives; "auto" takes what
+            is predicted to cost less, which for small matrices is to assemble.  The result is the same.
     """
 
     def __init__(

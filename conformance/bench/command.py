@@ -29,6 +29,9 @@ def bench(
         str, typer.Option(help="Of the orthonormalization: float32 or bfloat16.")
     ] = "float32",
     rounds: Annotated[int, typer.Option(min=1, help="Steps of each contender after its first three.")] = 7,
+    ranks: Annotated[
+        int, typer.Option(min=0, help="Also count what a step sends on so many gloo ranks; 0 for none.")
+    ] = 0,
     growth: Annotated[bool, typer.Option(help="Also measure how ours grows with N, m, n, r.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
@@ -53,10 +56,11 @@ def bench(
     # Imported here: `--help` need not wait for torch.
     import torch
 
+    from conformance.bench import page as pages
     from conformance.bench.contenders import Case
     from conformance.bench.growth import Line, lines
     from conformance.bench.measure import Entry, measure
-    from conformance.bench.page import COLUMNS, as_json, cells, draw_growth, machine, markdown
+    from conformance.bench.traffic import Traffic, traffic
     from conformance.port.output import json_bytes, write_whole
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
@@ -69,25 +73,28 @@ def bench(
     ]
     entries: list[Entry] = []
     grown: list[Line] = []
-    about = machine(device, threads)
+    sent: list[Traffic] = []
+    about = pages.machine(device, threads)
 
     def save() -> None:
         """After every case, so that a run that is ended leaves what it has."""
         if json_file is not None:
-            write_whole(json_file, json_bytes(as_json(entries, grown, about)))
+            write_whole(json_file, json_bytes(pages.as_json(entries, grown, sent, about)))
         if page is not None:
             picture = page.with_suffix("") / "growth.png"
             if grown:
                 picture.parent.mkdir(exist_ok=True)
-                draw_growth(grown, picture)
+                pages.draw_growth(grown, picture)
             words = ["conformance", *sys.argv[1:]]
             if "--json" in words:  # where else the numbers went is nobody's concern
                 del words[words.index("--json") : words.index("--json") + 2]
-            text = markdown(entries, grown, about, shlex.join(words), f"{page.stem}/{picture.name}")
+            text = pages.markdown(
+                entries, grown, sent, about, shlex.join(words), f"{page.stem}/{picture.name}"
+            )
             write_whole(page, text.encode())
 
     with live_bar(console) as progress:
-        task = progress.add_task("", total=len(cases) + growth)
+        task = progress.add_task("", total=len(cases) * (2 if ranks else 1) + growth)
 
         def tell(said: str) -> None:
             progress.update(task, description=said[:70].ljust(70))
@@ -96,27 +103,37 @@ def bench(
             entries += measure(case, rounds, told=tell)
             progress.advance(task)
             save()
+        for case in cases if ranks else ():
+            if case.algorithm != "adamw":
+                sent += traffic(case, ranks, tell)
+                save()
+            progress.advance(task)
         if growth:
             base = Case("muon", 4, (256, 256), compute_dtype=compute_dtype, device=device, threads=threads)
             some = [name for name in chosen if name not in ("adamw", "muon_torch")]
             for line in lines(base, some, rounds, tell):
                 grown.append(line)
                 save()
-    table = Table(title="Step times", title_justify="left", box=box.SIMPLE_HEAD)
-    for index, name in enumerate(COLUMNS):
-        table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
-    for entry in entries:
-        table.add_row(*cells(entry), end_section=entry is entries[-1])
-    console.print(table)
+    for title, columns, rows in (
+        ("Step times", pages.COLUMNS, [pages.cells(entry) for entry in entries]),
+        (f"Bytes a step, {ranks} ranks", pages.SENT_COLUMNS, pages.sent_cells(sent)),
+    ):
+        table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
+        for index, name in enumerate(columns):
+            table.add_column(name, justify="left" if index < 2 else "right", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        if rows:
+            console.print(table)
     for line in grown:
         console.print(
             f"{line.algorithm}: time ~ {line.quantity}^{line.measured:.2f}, FLOPs ~ {line.quantity}^{line.theory:.2f}",
             highlight=False,
         )
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)
-    failed = [entry for entry in entries if entry.failure]
-    for entry in failed:
-        console.print(entry.failure, style="red", highlight=False)
+    failed = [one.failure for one in entries if one.failure] + [one.failure for one in sent if one.failure]
+    for said in failed:
+        console.print(said, style="red", highlight=False)
     raise typer.Exit(1 if failed else 0)
 
 

@@ -11,6 +11,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from conformance.bench.products import bare_products
 
@@ -116,6 +117,9 @@ def _ours(parameters: Sequence[Tensor], case: Case, validate: bool = True) -> Ca
 def _microsoft_dion(parameters: Sequence[Tensor], case: Case) -> Callable[[], object]:
     dion: Any = importlib.import_module("dion")
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
+    if isinstance(parameters[0], DTensor):
+        axis = "outer_shard_mesh" if case.algorithm == "dion" else "distributed_mesh"
+        options[axis] = parameters[0].device_mesh
     if case.algorithm == "dion":
         options["rank_fraction"] = case.part
     elif case.algorithm in FRACTIONS:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
-from conformance.bench.contenders import OURS, Case, available
+from conformance.bench.contenders import BARE, OURS, Case, available
 from conformance.bench.products import flops
 from conformance.bench.worker import Worker, WorkerError
 
@@ -24,6 +24,7 @@ class Entry:
         first: seconds of its first step, compilation included, nothing compiled before.
         steps: seconds of the steps after two more, one a round.
         ratios: of ours to it, round by round; none for ours.
+        bare: seconds of the bare products of the case, the roofline; 0 where it has none.
         memory: bytes at the peak of a step, beyond parameters, gradients and state.
         failure: what stopped it, or "".
     """
@@ -33,6 +34,7 @@ class Entry:
     first: float = 0.0
     steps: list[float] = field(default_factory=list)
     ratios: list[float] = field(default_factory=list)
+    bare: float = 0.0
     memory: float = 0.0
     failure: str = ""
 
@@ -44,9 +46,7 @@ class Entry:
     @property
     def spread(self) -> float:
         """Half of the range between the quartiles, relative to the median."""
-        if len(self.steps) < 4:
-            return (max(self.steps) - min(self.steps)) / 2 / self.median
-        low, _, high = statistics.quantiles(self.steps, n=4)
+        low, high = _middle(self.steps)
         return (high - low) / 2 / self.median
 
     @property
@@ -55,10 +55,28 @@ class Entry:
         return statistics.median(self.ratios)
 
     @property
+    def ratio_range(self) -> tuple[float, float]:
+        """The quartiles of the ratios."""
+        return _middle(self.ratios)
+
+    @property
+    def roofline(self) -> float:
+        """Time of the bare products over that of the step."""
+        return self.bare / self.median
+
+    @property
     def rate(self) -> float:
         """FLOP/s of the textbook's products, as if these were what it computed."""
         case = self.case
         return flops(case.algorithm, case.count, case.shape, case.part) / self.median
+
+
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+    """The quartiles; of fewer than four values the least and the largest."""
+    if len(values) < 4:
+        return min(values), max(values)
+    low, _, high = statistics.quantiles(values, n=4)
+    return low, high
 
 
 def measure(
@@ -111,8 +129,12 @@ def measure(
             if memory and not entry.failure:
                 told(f"{case}: memory of {entry.name}")
                 attempt(entry, lambda worker, entry=entry: setattr(entry, "memory", worker.memory()))  # type: ignore[misc]
-    ours = next((entry for entry in entries if entry.name == OURS and not entry.failure), None)
+    ours, bare = (
+        next((entry for entry in entries if entry.name == name and not entry.failure), None)
+        for name in (OURS, BARE)
+    )
     for entry in entries:
+        entry.bare = bare.median if bare is not None else 0.0
         if ours is not None and entry is not ours and not entry.failure:
             entry.ratios = [mine / other for mine, other in zip(ours.steps, entry.steps, strict=True)]
     return entries

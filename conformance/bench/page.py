@@ -12,13 +12,25 @@ from typing import Any
 
 import torch
 
-from conformance.bench.contenders import BARE
+from conformance.bench.contenders import BARE, OURS
 from conformance.bench.growth import Line
 from conformance.bench.measure import Entry
+from conformance.bench.traffic import Traffic
 
-__all__ = ["COLUMNS", "as_json", "cells", "draw_growth", "machine", "markdown"]
+__all__ = ["COLUMNS", "SENT_COLUMNS", "as_json", "cells", "draw_growth", "machine", "markdown", "sent_cells"]
 
-COLUMNS = ("case", "contender", "step", "spread", "first step", "peak memory", "GFLOP/s", "ours / it")
+SENT_COLUMNS = ("case", "contender", "sent by a rank", "collectives", "ours / it")
+COLUMNS = (
+    "case",
+    "contender",
+    "step",
+    "spread",
+    "first step",
+    "peak memory",
+    "GFLOP/s",
+    "roofline",
+    "ours / it",
+)
 
 
 def machine(device: str, threads: int) -> dict[str, str]:
@@ -58,7 +70,7 @@ def _has_bfloat16() -> bool:
 def cells(entry: Entry) -> tuple[str, ...]:
     """A row of the table; see :data:`COLUMNS`."""
     if entry.failure:
-        return (str(entry.case), entry.name, "failed", "", "", "", "", entry.failure[:60])
+        return (str(entry.case), entry.name, "failed", "", "", "", "", "", entry.failure[:60])
     return (
         str(entry.case),
         entry.name,
@@ -67,11 +79,30 @@ def cells(entry: Entry) -> tuple[str, ...]:
         "" if entry.name == BARE else f"{entry.first:.1f} s",
         f"{entry.memory / 1e6:.0f} MB" if entry.memory else "",
         "" if entry.case.algorithm == "adamw" else f"{entry.rate / 1e9:.0f}",
-        f"{entry.ratio:.2f}" if entry.ratios else "",
+        f"{entry.roofline:.0%}" if entry.bare and entry.name != BARE else "",
+        "{:.2f} ({:.2f} to {:.2f})".format(entry.ratio, *entry.ratio_range) if entry.ratios else "",
     )
 
 
-def as_json(entries: Sequence[Entry], growth: Sequence[Line], about: dict[str, str]) -> dict[str, Any]:
+def sent_cells(rows: Sequence[Traffic]) -> list[tuple[str, ...]]:
+    """The rows of the second table; see :data:`SENT_COLUMNS`."""
+    found: list[tuple[str, ...]] = []
+    for row in rows:
+        if row.failure:
+            found.append((str(row.case), row.name, "failed", "", row.failure[:60]))
+            continue
+        ours = next((one for one in rows if one.case == row.case and one.name == OURS), None)
+        ratio = (
+            ours.bytes / row.bytes if ours and ours is not row and row.bytes and not ours.failure else None
+        )
+        text = "" if ratio is None else f"{ratio:.2f}"
+        found.append((str(row.case), row.name, f"{row.bytes / 1e6:.3g} MB", str(row.collectives), text))
+    return found
+
+
+def as_json(
+    entries: Sequence[Entry], growth: Sequence[Line], sent: Sequence[Traffic], about: dict[str, str]
+) -> dict[str, Any]:
     """All of it."""
     return {
         "machine": about,
@@ -79,6 +110,7 @@ def as_json(entries: Sequence[Entry], growth: Sequence[Line], about: dict[str, s
             asdict(entry) | ({"median": entry.median} if not entry.failure else {}) for entry in entries
         ],
         "growth": [asdict(line) | {"slope": line.measured, "theory": line.theory} for line in growth],
+        "sent": [asdict(row) for row in sent],
     }
 
 
@@ -118,7 +150,12 @@ def draw_growth(growth: Sequence[Line], file: Path) -> None:
 
 
 def markdown(
-    entries: Sequence[Entry], growth: Sequence[Line], about: dict[str, str], command: str, picture: str
+    entries: Sequence[Entry],
+    growth: Sequence[Line],
+    sent: Sequence[Traffic],
+    about: dict[str, str],
+    command: str,
+    picture: str,
 ) -> str:
     """A page of the documentation; made again by ``command``."""
     lines = [
@@ -133,9 +170,11 @@ def markdown(
         "on " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
         "",
         "Each contender runs in a process of its own with nothing compiled before. All take their steps in turn, a"
-        " round at a time; the ratio is the median over the rounds of ours divided by it, so below 1 ours is faster."
+        " round at a time; the ratio is the median (and the quartiles) over the rounds of ours divided by it, so below"
+        " 1 ours is faster."
         f' "{BARE}" are the products of the textbook\'s form alone, with the QR of Dion: no momentum, no normalization,'
-        " no update. GFLOP/s count the textbook's products whoever runs: symmetric products by halves and the Gram"
+        " no update; the roofline is the share of a step that they would take."
+        " GFLOP/s count the textbook's products whoever runs: symmetric products by halves and the Gram"
         " form do with fewer. Peak memory is what a step holds beyond parameters, gradients and state."
         " `muon_torch` is Muon by the conventions of torch.optim.Muon. Peers whose polynomial knows bfloat16 alone"
         " are given it in float32 where the case says so.",
@@ -144,6 +183,16 @@ def markdown(
         "|" + "---|" * len(COLUMNS),
     ]
     lines += ["| " + " | ".join(cells(entry)) + " |" for entry in entries]
+    if sent:
+        lines += ["", "## Bytes", ""]
+        lines += [
+            "What a rank sends in a step, the mean over the ranks, every matrix sharded by rows over all of them: the"
+            " collectives that torch's profiler saw asked for, by the ring's count.",
+            "",
+            "| " + " | ".join(SENT_COLUMNS) + " |",
+            "|" + "---|" * len(SENT_COLUMNS),
+        ]
+        lines += ["| " + " | ".join(row) + " |" for row in sent_cells(sent)]
     if growth:
         lines += ["", "## Growth", "", f"![Growth of the step time]({picture})", ""]
         lines += ["| algorithm | quantity | values | slope | of the FLOPs |", "|---|---|---|---|---|"]

@@ -14,7 +14,7 @@ from unittest import mock
 
 from conformance.bench.contenders import Case
 
-__all__ = ["Worker", "WorkerError"]
+__all__ = ["Worker", "WorkerError", "silence"]
 
 LIMIT = 3600.0  # seconds for one answer
 
@@ -94,10 +94,7 @@ class Worker:
 
 
 def _work(name: str, case: Case, pipe: Connection) -> None:
-    # The profiler and the compiler write to the terminal, from C++ too; what matters comes by the pipe.
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    os.dup2(nowhere, 2)
+    silence()
     try:
         import torch
 
@@ -113,6 +110,13 @@ def _work(name: str, case: Case, pipe: Connection) -> None:
         return
     except Exception as error:
         pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+def silence() -> None:
+    """Take this process off the terminal: the profiler and the compiler write there, from C++ too."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    os.dup2(nowhere, 2)
 
 
 def _timed(step: Callable[[], object], device: str) -> float:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -12,6 +14,7 @@ from conformance.bench.contenders import BARE, OURS, UNCHECKED, Case, available,
 from conformance.bench.growth import slope
 from conformance.bench.measure import measure
 from conformance.bench.products import flops
+from conformance.bench.traffic import sent, traffic
 from conformance.cli import app
 
 
@@ -50,6 +53,30 @@ def test_slope_of_a_power() -> None:
 def test_peers_are_those_that_can_be_imported() -> None:
     assert available(Case("muon_torch", 1, (4, 4))) == (OURS, "torch.optim.Muon", BARE)
     assert available(Case("adamw", 1, (4, 4))) == (OURS, UNCHECKED, "torch.optim.AdamW(fused)")
+
+
+def test_bytes_are_those_of_the_formula() -> None:
+    """Muon's matrices go to a rank and back: three quarters of a rank's share on four ranks, twice."""
+    (ours,) = [
+        one for one in traffic(Case("muon", 8, (64, 32), compute_dtype="bfloat16"), 4) if one.name == OURS
+    ]
+    assert ours.failure == ""
+    agreement = 2 * 3 / 4 * 8 * 2 * 8  # two counts a parameter, summed over all ranks
+    assert ours.bytes == 2 * 3 / 4 * 8 * 64 * 32 / 4 * 2 + agreement
+    assert ours.collectives == 3
+
+
+def test_a_reduce_scatter_counts_as_it_was_asked_for() -> None:
+    def event(name: str, shape: list[int]) -> Any:
+        kinds = ["float", "", "Scalar", ""]
+        return SimpleNamespace(name=lambda: name, shapes=lambda: [shape, [], []], dtypes=lambda: kinds)
+
+    scattered = [event("_c10d_functional::reduce_scatter_tensor", [8, 5]), event("gloo:all_reduce", [8, 5])]
+    assert sent(scattered, 4) == (3 / 4 * 8 * 5 * 4, 1)
+    lists = SimpleNamespace(
+        name=lambda: "gloo:all_to_all", shapes=lambda: [[2, 5]] * 4, dtypes=lambda: ["c10::BFloat16"] * 4
+    )
+    assert sent([lists, event("aten::mm", [8, 5])], 4) == (3 / 4 * 4 * 2 * 5 * 2, 1)
 
 
 @pytest.mark.parametrize(
