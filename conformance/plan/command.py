@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import re
 import sys
@@ -20,6 +21,10 @@ if TYPE_CHECKING:
     from conformance.plan.estimate import Estimate
     from dion_dtensor.planning import Hardware
 
+WITH_GRADIENTS = (
+    *("adamw", "muon", "dion:1/4", "dion:1/4:unaveraged", "dion:1/16", "dion:1/16:unaveraged"),
+    *("dion:1/64", "dion:1/64:unaveraged", "dion2:1/4", "dion2:1/8"),
+)
 USUAL = (
     *("adamw", "muon"),
     *(f"dion:1/{2**k}" if k else "dion" for k in range(7)),
@@ -42,9 +47,13 @@ def plan(
     optimizers: Annotated[
         list[str] | None,
         typer.Option(
-            "--optimizer", help="adamw, muon, normuon, dion:1/4, dion2:1/4, dion3:1/4 (repeatable)."
+            "--optimizer",
+            help="adamw, muon, normuon, dion:1/4, dion:1/4:unaveraged, dion2:1/4, dion3:1/4 (repeatable).",
         ),
     ] = None,
+    gradients: Annotated[
+        bool, typer.Option("--gradients", help="Also count what averages the gradients over dp.")
+    ] = False,
     ranks: Annotated[
         str,
         typer.Option("--hardware", help="h100: hosts of eight; here: this CPU, measured, links left out."),
@@ -82,7 +91,7 @@ def plan(
             f"mesh {mesh} needs {len(sizes)} names of dp, fsdp, tp in --axes, not {axes!r}"
         )
     try:
-        chosen = [candidate(text) for text in optimizers or USUAL]
+        chosen = [candidate(text) for text in optimizers or (WITH_GRADIENTS if gradients else USUAL)]
         built = model_of(model)
         if ranks not in ("h100", "here"):
             raise ValueError(f"--hardware {ranks!r} must be h100 or here")
@@ -91,19 +100,21 @@ def plan(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     console = Console() if sys.stdout.isatty() else Console(width=150)
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it tells how to be faster
     with live_bar(console) as progress:
         task = progress.add_task("", total=len(chosen) * len(built.weights))
 
         def told(said: str) -> None:
             progress.update(task, description=said[:40].ljust(40), advance=1)
 
-        done = estimates(built, sizes, names, chosen, hardware, told=told)
+        done = estimates(built, sizes, names, chosen, hardware, gradients=gradients, told=told)
+    what = "Optimizer step and averages of gradients" if gradients else "Optimizer step"
     title = f"{built.name} ({built.size / 1e9:.3g}B parameters) on {'x'.join(map(str, sizes))} ({', '.join(names)})"
-    console.print(_table(title, done, names))
+    console.print(_table(f"{what}, {title}", done, names))
     console.print(f"{hardware.name}; {hardware.source}", highlight=False)
     parts = [_parts(one, names, hardware) for one in done]
     if picture is not None:
-        draw(done, names, title, parts, picture)
+        draw(done, names, f"{what}, {title}", parts, picture)
     if json_file is not None:
         rows = [_row(one, part, names) for one, part in zip(done, parts, strict=True)]
         about: dict[str, Any] = {
@@ -149,7 +160,7 @@ def _with(
 
 
 def _table(title: str, done: Sequence[Estimate], names: Sequence[str]) -> Table:
-    table = Table(title=f"Optimizer step, {title}", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("optimizer")
     sent = [f"MB on {name}" for name in names]
     for name in ("TFLOP", *sent, "peak GB", "compute", "links", "in turn", "overlapped", "of Muon's"):

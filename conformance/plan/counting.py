@@ -70,12 +70,11 @@ def count(
     *,
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.bfloat16,
+    pending: tuple[int, ...] = (),
 ) -> Cost:
     """Of the step of a bucket of ``number`` matrices, counted at rank 0; see :func:`launched` for the arguments."""
-    found = launched(
-        mesh, placements, shape, number, algorithm, hyper, dtype=dtype, compute_dtype=compute_dtype
-    )
-    return found.cost
+    options: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "pending": pending}
+    return launched(mesh, placements, shape, number, algorithm, hyper, **options).cost
 
 
 @dataclass(frozen=True)
@@ -102,6 +101,7 @@ def launched(
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.bfloat16,
     device: str = "meta",
+    pending: tuple[int, ...] = (),
 ) -> Launched:
     """The step of a bucket of ``number`` matrices, run eagerly and looked at.
 
@@ -115,30 +115,31 @@ def launched(
         dtype: of parameters, gradients and state.
         compute_dtype: of the orthonormalization.
         device: "meta" for tensors without data; another one runs the step on ones, with the ranks of ``mesh``.
+        pending: axes of ``mesh`` over which the gradients are not averaged yet.
 
     Raises:
-        ValueError: an elementwise rule, which has no communication and no products.
+        ValueError: an elementwise rule, which has no communication and no products; ``pending`` for a rule whose
+            gradients are averaged before its step.
     """
     rule = RULES[algorithm]
     if rule.elementwise:
         raise ValueError(f"{algorithm} works on each element alone; there is nothing to count")
+    if pending and not rule.pending_states:
+        raise ValueError(f"{algorithm} steps averaged gradients alone")
     group = {**rule.defaults, **(hyper or {})}
     layout = StorageLayout(shape, dtype, torch.device(device), mesh, placements)
     stacked = layout.stacked(number)
     specs = rule.states(shape, group)
-    states = tuple(
-        (
-            key,
-            (layout if s.dims is None else layout.derived(s.dims, s.sizes or (), dtype)).stacked(number),
-            None,
-        )
-        for key, s in specs.items()
-    )
+    states = []
+    for key, spec in specs.items():
+        own = layout if spec.dims is None else layout.derived(spec.dims, spec.sizes or (), dtype)
+        apart = pending if key in rule.pending_states else ()
+        states.append((key, own.stacked(number).partial(apart), None))
     values = {name: group[name] for name in rule.defaults} | {"compute_dtype": compute_dtype}
     values |= {"split": None} | rule.prepare(shape, group)
     fields = rule.hyper._fields  # type: ignore[attr-defined]
     fixed = tuple((name, values[name]) for name in fields if name not in rule.scalars)
-    plan = Plan(rule, (fixed,), False, stacked, stacked, states, number, None, False)
+    plan = Plan(rule, (fixed,), False, stacked.partial(pending), stacked, tuple(states), number, None, False)
     scalars = {
         name: torch.full((), 0.5, dtype=torch.float64, device=device) for name in (*rule.scalars, "lr")
     }

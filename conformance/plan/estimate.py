@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
@@ -19,12 +20,14 @@ from dion_dtensor.planning import (
     Cost,
     Duration,
     Hardware,
+    Transfer,
     choose,
     duration,
     predict,
     total,
     usual_hardware,
 )
+from dion_dtensor.planning.buckets import collective
 
 __all__ = ["MESH_AXES", "Candidate", "Estimate", "candidate", "estimates", "placements_of"]
 
@@ -34,14 +37,16 @@ MESH_AXES = {1: ("fsdp",), 2: ("fsdp", "tp"), 3: ("dp", "fsdp", "tp")}
 
 @dataclass(frozen=True)
 class Candidate:
-    """An optimizer and the share of each matrix that it works on."""
+    """An optimizer, the share of each matrix that it works on, and whether replicas average its gradients first."""
 
     algorithm: str
     share: float = 1.0
+    averaged: bool = True
 
     def __str__(self) -> str:
         title = {"adamw": "AdamW", "muon": "Muon", "normuon": "NorMuon"}.get(self.algorithm)
-        return title or f"{self.algorithm.title()} {Fraction(self.share).limit_denominator(1024)}"
+        share = f"{self.algorithm.title()} {Fraction(self.share).limit_denominator(1024)}"
+        return title or share + ("" if self.averaged else ", P R averaged")
 
     @property
     def hyper(self) -> dict[str, Any]:
@@ -69,12 +74,13 @@ class Estimate:
 
 
 def candidate(text: str) -> Candidate:
-    """ "muon", "dion:1/16", "dion2:0.25".
+    """ "muon", "dion:1/16", "dion2:0.25", or "dion:1/16:unaveraged": replicas average P and R, not the gradient.
 
     Raises:
-        ValueError: an unknown algorithm, or a share outside (0, 1].
+        ValueError: an unknown algorithm, a share outside (0, 1], or another rule than Dion unaveraged.
     """
-    name, _, share = text.partition(":")
+    name, _, rest = text.partition(":")
+    share, _, how = rest.partition(":")
     if name not in ("adamw", "muon", "normuon", "dion", "dion2", "dion3"):
         raise ValueError(
             f"optimizer {text!r} is unknown; choose adamw, muon, normuon, dion:R, dion2:F or dion3:F"
@@ -85,7 +91,9 @@ def candidate(text: str) -> Candidate:
         raise ValueError(f"optimizer {text!r}: {share!r} is no fraction") from error
     if not 0 < value <= 1:
         raise ValueError(f"optimizer {text!r}: {share} must be in (0, 1]")
-    return Candidate(name, value)
+    if how not in ("", "unaveraged") or (how and name != "dion"):
+        raise ValueError(f"optimizer {text!r}: only dion:R may end in :unaveraged")
+    return Candidate(name, value, averaged=not how)
 
 
 def placements_of(weight: Weight, names: Sequence[str], sizes: Sequence[int]) -> tuple[Placement, ...]:
@@ -110,6 +118,7 @@ def estimates(
     candidates: Sequence[Candidate],
     hardware: Hardware,
     *,
+    gradients: bool = False,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Estimate]:
     """Every candidate, on a process group of as many fake ranks as the mesh has.
@@ -120,6 +129,7 @@ def estimates(
         names: of them; "dp" replicates, "fsdp" and "tp" shard.
         candidates: optimizers.
         hardware: what a rank and its links do.
+        gradients: whether what averages them over "dp" is counted, in float32.
         told: is called with what is going on.
 
     Raises:
@@ -128,12 +138,12 @@ def estimates(
     """
     result = []
     with fake_mesh(tuple(sizes), tuple(names)) as mesh:
-        scalars = _elementwise(model.scalars, sizes, names)
+        scalars = _elementwise(model.scalars, sizes, names, gradients)
         for one in candidates:
             costs, closed = [scalars], []
             for weight in model.weights:
                 told(f"{one}: {weight.name}")
-                counted, predicted = _weight(weight, mesh, names, sizes, one)
+                counted, predicted = _weight(weight, mesh, names, sizes, one, gradients)
                 costs.append(counted)
                 closed.append(predicted)
             cost = total(costs)
@@ -144,29 +154,52 @@ def estimates(
     return result
 
 
-def _elementwise(elements: int, sizes: Sequence[int], names: Sequence[str]) -> Cost:
+def _elementwise(elements: int, sizes: Sequence[int], names: Sequence[str], gradients: bool) -> Cost:
     """AdamW in float32 reads four tensors and writes three."""
     held: float = elements
     for size, name in zip(sizes, names, strict=True):
         held /= 1 if name == "dp" else size
-    return Cost(touched=7 * 4 * held)
+    return Cost(transfers=_averaging(held, sizes, names) if gradients else (), touched=7 * 4 * held)
+
+
+def _averaging(held: float, sizes: Sequence[int], names: Sequence[str]) -> tuple[Transfer, ...]:
+    """What averages the gradients of ``held`` elements a rank over the replicas."""
+    return tuple(
+        collective("all_reduce", axis, size, 4 * held)
+        for axis, (size, name) in enumerate(zip(sizes, names, strict=True))
+        if name == "dp"
+    )
 
 
 def _weight(
-    weight: Weight, mesh: DeviceMesh, names: Sequence[str], sizes: Sequence[int], one: Candidate
+    weight: Weight,
+    mesh: DeviceMesh,
+    names: Sequence[str],
+    sizes: Sequence[int],
+    one: Candidate,
+    gradients: bool,
 ) -> tuple[Cost, Cost]:
     """Counted, and in closed form; both of all matrices of ``weight``."""
+    elements = weight.count * weight.shape[0] * weight.shape[1]
     if one.algorithm == "adamw":
-        cost = _elementwise(weight.count * weight.shape[0] * weight.shape[1], sizes, names)
+        cost = _elementwise(elements, sizes, names, gradients)
         return cost, cost
     placements = placements_of(weight, names, sizes)
     shards = tuple(getattr(placement, "dim", None) for placement in placements)
     bucket = Bucket(weight.shape, weight.count, tuple(sizes), shards, strided=strided_axes(placements))
     way, hyper = None, dict(one.hyper)
     if one.algorithm in ("dion", "dion2", "dion3"):
-        among = ("low_rank", "assemble", "exchange")
+        among = ("low_rank", "assemble", "exchange") if one.averaged else ("low_rank",)
         way = choose(bucket, one.algorithm, usual_hardware(len(sizes)), fraction=one.share, among=among).way
         hyper["path"] = way
-    cost = count(mesh, placements, weight.shape, weight.count, one.algorithm, hyper)
+    pending = () if one.averaged else tuple(axis for axis, name in enumerate(names) if name == "dp")
+    cost = count(mesh, placements, weight.shape, weight.count, one.algorithm, hyper, pending=pending)
     guess = predict(bucket, one.algorithm, way, one.share)
-    return Cost(cost.flops, cost.transfers, cost.memory, guess.touched), guess
+    before: tuple[Transfer, ...] = ()
+    if gradients and one.averaged:
+        shards_ = [size for size, name in zip(sizes, names, strict=True) if name != "dp"]
+        before = _averaging(elements / math.prod(shards_), sizes, names)
+    transfers = (*before, *cost.transfers)
+    return Cost(cost.flops, transfers, cost.memory, guess.touched), replace(
+        guess, transfers=(*before, *guess.transfers)
+    )

@@ -16,7 +16,17 @@ from typer.testing import CliRunner
 
 from conformance.cli import app
 from conformance.plan.counting import count, fake_mesh
-from conformance.plan.models import PRESETS, from_config, from_hugging_face, from_module, model_of
+from conformance.plan.estimate import candidate, estimates
+from conformance.plan.hardware import h100
+from conformance.plan.models import (
+    PRESETS,
+    Model,
+    Weight,
+    from_config,
+    from_hugging_face,
+    from_module,
+    model_of,
+)
 from dion_dtensor import Dion, audit
 from dion_dtensor.planning import Bucket, Cost, choose, duration, predict, usual_hardware, ways
 
@@ -118,6 +128,27 @@ def test_the_cheaper_way_is_taken() -> None:
         assert all(way in choice.why for way in times)
         found[name] = choice.way
     assert found == {"long": "assemble", "short": "low_rank"}
+
+
+def test_replicas_may_average_low_rank_factors_in_place_of_gradients() -> None:
+    """By (m + n) r numbers of each matrix, summed over the replicas, where a gradient has m n."""
+    with fake_mesh((8,), ("dp",)) as mesh:
+        place, hyper = (Replicate(),), {"rank_fraction": 1 / 16, "path": "low_rank"}
+        cost = count(mesh, place, SHAPE, NUMBER, "dion", hyper, pending=(0,))
+        with pytest.raises(ValueError, match="muon steps averaged gradients alone"):
+            count(mesh, place, SHAPE, NUMBER, "muon", pending=(0,))
+    ring, (m, n) = 2 * 7 / 8, SHAPE
+    assert cost.bytes() == pytest.approx(ring * 4 * NUMBER * (m + n) * m / 16, rel=0.01)
+    weight = Weight("w", SHAPE, NUMBER)
+    chosen = [candidate(text) for text in ("adamw", "dion:1/16", "dion:1/16:unaveraged")]
+    model = Model("m", (weight,), 1000)
+    with_, without = (
+        estimates(model, (8,), ("dp",), chosen, h100((8,), 0.6), gradients=gradients)
+        for gradients in (True, False)
+    )
+    averages = [a.cost.bytes() - b.cost.bytes() for a, b in zip(with_, without, strict=True)]
+    scalars = ring * 4 * 1000
+    assert averages == pytest.approx([scalars + ring * 4 * NUMBER * m * n] * 2 + [scalars])
 
 
 def test_the_audit_says_what_was_taken_and_why() -> None:
@@ -244,6 +275,8 @@ def test_the_command(tmp_path: Path) -> None:
         ["--hardware", "abacus"],
         ["--optimizer", "dion:2"],
         ["--optimizer", "dion:x"],
+        ["--optimizer", "dion2:1/4:unaveraged"],
+        ["--optimizer", "dion:1/4:late"],
         ["--mesh", "2x4", "--bandwidth", "1e9"],
     ],
 )
