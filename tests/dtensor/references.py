@@ -28,8 +28,8 @@ def on_one_thread(function: Callable[..., Any], *arguments: Any, **options: Any)
 
 
 @cache
-def on_one_device(name: str, small: bool) -> dict[str, list[Tensor]]:
-    options: dict[str, Any] = {"shapes": COMPILED_SHAPES} if small else {}
+def on_one_device(name: str, small: bool, steps: int = 2) -> dict[str, list[Tensor]]:
+    options: dict[str, Any] = {"steps": steps} | ({"shapes": COMPILED_SHAPES} if small else {})
     result: dict[str, list[Tensor]] = on_one_thread(run_steps, name, None, compile=False, **options)
     return result
 

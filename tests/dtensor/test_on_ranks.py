@@ -47,8 +47,8 @@ LOW_RANK = [*cases(["dion"], LAYOUTS, LAYOUTS), *cases(["orth_dion"], LAYOUTS, S
 
 @pytest.mark.parametrize(("name", "where"), WHOLE)
 def test_whole_matrix_rules_are_bitwise_those_of_one_device(ranks: Ranks, name: str, where: Layout) -> None:
-    expected = on_one_device(name, False)
-    for result in ranks.run(where.world, run_steps_with, name, where, {"compile": False}):
+    expected = on_one_device(name, False, steps=5)
+    for result in ranks.run(where.world, run_steps_with, name, where, {"compile": False, "steps": 5}):
         for key, values in expected.items():
             for index, value in enumerate(values):
                 assert torch.equal(result[key][index], value), (key, index)
@@ -267,8 +267,8 @@ def test_a_checkpoint_goes_from_one_mesh_to_another(
 @pytest.mark.parametrize("name", ["adamw", "lion"])
 @pytest.mark.parametrize("where", ELEMENTWISE, ids=str)
 def test_elementwise_rules_are_bitwise_those_of_one_device(ranks: Ranks, where: Layout, name: str) -> None:
-    expected = on_one_device(name, False)
-    for result in ranks.run(where.world, run_steps_with, name, where, {"compile": False}):
+    expected = on_one_device(name, False, steps=5)
+    for result in ranks.run(where.world, run_steps_with, name, where, {"compile": False, "steps": 5}):
         for key, values in expected.items():
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(result[key], values, strict=True))
 
