@@ -187,11 +187,12 @@ def _on_ranks(config: pytest.Config, case: str, dtype: str) -> Verdict:
 
 def _through_the_gate(config: pytest.Config, case: str, dtype: str) -> Verdict:
     """The verdict on one case of L5, in this process."""
-    from conformance.adapters import find
+    from conformance.adapters import find, use_device
     from conformance.port.convergence import run_gate
     from conformance.port.runner import Selection
 
     _, vectors, claims = _setup(config)
     adapter = find(config.getoption("--port"))
+    use_device(adapter, config.getoption("--port-device"), config.getoption("--port"))
     found = run_gate(adapter, claims, vectors, Selection((GATE,), (dtype,), (case,)))
     return next(verdict for verdict in found if verdict.case == case)

@@ -11,6 +11,7 @@ import importlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -128,7 +129,7 @@ class Adapter(Protocol):
         ...
 
     # optional
-    # def use_device(self, device: str): where L0 to L2 are computed from now on, "cpu" or "cuda".
+    # def use_device(self, device: str): where L0 to L2 and L5 are computed from now on, "cpu" or "cuda".
     # def canonical_state(self, state) -> Arrays: the state by the oracle's keys.
     # def orthonormalize(self, matrix, hyper, compute_dtype) -> array: level L0.
     # def build(self, params, spec): a torch.optim.Optimizer over (name, parameter) pairs, plain or DTensor: L3 and L4.
@@ -157,8 +158,13 @@ def find(path: str) -> Adapter:
     else:
         module_name, _, name = path.partition(":")
         if module_name.endswith(".py"):
-            module_name = module_name.removesuffix(".py").strip("./").replace("/", ".")
-            raise AdapterError(f"{path!r} names a file; give the module: {module_name}:{name}")
+            file = Path(module_name).resolve()
+            inside = file.is_relative_to(Path.cwd())
+            dotted = ".".join(
+                (file.relative_to(Path.cwd()) if inside else Path(file.name)).with_suffix("").parts
+            )
+            where = "" if inside else f" from {file.parent}"
+            raise AdapterError(f"{path!r} names a file; give the module: {dotted}:{name}{where}")
         if not all(part.isidentifier() for part in module_name.split(".")):
             raise AdapterError(f"{path!r} is not package.module:object")
         module = _tried(

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from conformance.adapters import DTYPES, AdapterError, Capabilities, check_dialects, find
+from conformance.adapters import DTYPES, AdapterError, Capabilities, check_dialects, find, use_device
 from conformance.port import output
 from conformance.port.grading import Verdict
 from conformance.port.runner import Run, Selection, jobs, run_vectors
@@ -186,5 +186,7 @@ def run_port(
         if "L5" in selection.levels and "L5" in claims.levels:
             from conformance.port.convergence import run_gate
 
-            run.verdicts += run_gate(find(adapter), claims, vectors, selection, on_verdict=following)
+            made = find(adapter)
+            use_device(made, device, adapter)
+            run.verdicts += run_gate(made, claims, vectors, selection, on_verdict=following)
     return run

@@ -73,6 +73,7 @@ def test_a_pass_says_what_was_not_claimed() -> None:
         (["no.such.module:adapter"], "no.such.module cannot be imported"),
         (["tests.port.ports:no_such"], "tests.port.ports has no 'no_such'"),
         (["tests/port/ports.py:perfect"], "names a file; give the module: tests.port.ports:perfect"),
+        (["/some/where/ports.py:perfect"], "give the module: ports:perfect from /some/where"),
         (["tests.port.ports:no_such_dialect"], "has the dialect 'kellerjordan'; known are dion, keller, torch, "),
         (["tests.port.ports:no_adapter"], "is no adapter: it has no capabilities, init, step"),
         (["tests.port.ports:bad_claims"], "must return conformance.adapters.Capabilities"),
