@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import dion_dtensor
-from dion_ref import ALGORITHMS, FLOAT64, Precision
+from dion_ref import ALGORITHMS, Precision
 
 MATRIX_ALGORITHMS = ("muon", "normuon", "dion", "orth_dion", "dion2", "dion3")
 SCALAR_ALGORITHMS = ("adamw", "lion")
@@ -94,11 +94,11 @@ class OraclePort:
     """The oracle itself.
 
     Attributes:
-        precision: float64 by default; float32 to train models.
+        precision: None for the parameters' own dtype throughout.
         seed: of Dion's first Q.
     """
 
-    precision: Precision = FLOAT64
+    precision: Precision | None = None
     seed: int = 0
     name: str = "dion_ref"
     algorithms: tuple[str, ...] = (*MATRIX_ALGORITHMS, *SCALAR_ALGORITHMS)
@@ -106,9 +106,11 @@ class OraclePort:
     def driver(self, algorithm: str, parameters: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> Driver:
         """See `Port`."""
         one = ALGORITHMS[algorithm]
+        dtype = next(iter(parameters.values())).dtype
+        precision = self.precision or Precision(dtype, dtype)
         return FunctionalDriver(
-            lambda p, h, name: one.init(p, h, name=name, seed=self.seed, precision=self.precision),
-            lambda p, g, s, h: one.step(p, g, s, h, precision=self.precision),
+            lambda p, h, name: one.init(p, h, name=name, seed=self.seed, precision=precision),
+            lambda p, g, s, h: one.step(p, g, s, h, precision=precision),
             parameters,
             lambda lr: one.Hyper(lr=lr, **hyper),
         )
@@ -193,12 +195,10 @@ def production_algorithms() -> tuple[str, ...]:
 
 @dataclasses.dataclass(frozen=True)
 class BestPort:
-    """`dion_dtensor` where it has the algorithm, the oracle in float32 elsewhere: what the sweeps train with."""
+    """`dion_dtensor` where it has the algorithm, the oracle elsewhere: what the sweeps train with."""
 
     production: ProductionPort = dataclasses.field(default_factory=ProductionPort)
-    oracle: OraclePort = dataclasses.field(
-        default_factory=lambda: OraclePort(Precision(torch.float32, torch.float32))
-    )
+    oracle: OraclePort = dataclasses.field(default_factory=OraclePort)
     name: str = "dion_dtensor, else dion_ref"
     algorithms: tuple[str, ...] = (*MATRIX_ALGORITHMS, *SCALAR_ALGORITHMS)
 

@@ -41,6 +41,16 @@ def test_without_a_fault_the_faulty_step_is_the_oracles(algorithm: str, shape: t
             assert torch.equal(other, value) if isinstance(value, Tensor) else other == value
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_oracle_steps_in_the_parameters_dtype(dtype: torch.dtype) -> None:
+    """A model in float32 is stepped in float32: the gate's GPT runs on the oracle too."""
+    weight = torch.eye(3, dtype=dtype)
+    driver = OraclePort().driver("muon", {"w": weight}, {"weight_decay": 0.0})
+    driver.step({"w": torch.ones_like(weight)}, 0.1)
+    assert weight.dtype == dtype
+    assert not torch.equal(weight, torch.eye(3, dtype=dtype))
+
+
 def test_the_issue_s_twenty_bugs_are_among_the_injections() -> None:
     assert len(EVERY_FAULT) >= 20
     assert len(set(EVERY_FAULT)) == len(EVERY_FAULT)
