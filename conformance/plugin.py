@@ -147,10 +147,9 @@ def conformance_case(request: pytest.FixtureRequest) -> Callable[[], None]:
     case, dtype = request.param
     if case.startswith(MESHES):
         verdict_on = _on_ranks
-    elif case.startswith(GATE):
-        verdict_on = _through_the_gate
     else:
-        verdict_on = partial(_in_its_process, request.getfixturevalue("_conformance_worker"))
+        in_its_process = _through_the_gate if case.startswith(GATE) else _on_vectors
+        verdict_on = partial(in_its_process, request.getfixturevalue("_conformance_worker"))
 
     def run() -> None:
         verdict = verdict_on(request.config, case, dtype)
@@ -162,7 +161,7 @@ def conformance_case(request: pytest.FixtureRequest) -> Callable[[], None]:
     return run
 
 
-def _in_its_process(worker: Worker, config: pytest.Config, case: str, dtype: str) -> Verdict:
+def _on_vectors(worker: Worker, config: pytest.Config, case: str, dtype: str) -> Verdict:
     """The verdict on one case of L0 to L2, in the adapter's process."""
     from conformance.port.grading import grade
 
@@ -185,14 +184,9 @@ def _on_ranks(config: pytest.Config, case: str, dtype: str) -> Verdict:
     return verdict
 
 
-def _through_the_gate(config: pytest.Config, case: str, dtype: str) -> Verdict:
-    """The verdict on one case of L5, in this process."""
-    from conformance.adapters import find, use_device
-    from conformance.port.convergence import run_gate
-    from conformance.port.runner import Selection
+def _through_the_gate(worker: Worker, config: pytest.Config, case: str, dtype: str) -> Verdict:
+    """The verdict on one case of L5, in the adapter's process."""
+    from conformance.port.convergence import gate_case, judge
 
     _, vectors, claims = _setup(config)
-    adapter = find(config.getoption("--port"))
-    use_device(adapter, config.getoption("--port-device"), config.getoption("--port"))
-    found = run_gate(adapter, claims, vectors, Selection((GATE,), (dtype,), (case,)))
-    return next(verdict for verdict in found if verdict.case == case)
+    return judge(worker, *gate_case(case, dtype, claims, vectors))

@@ -6,6 +6,7 @@ import inspect
 import os
 from collections.abc import Mapping
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter, a
 from conformance.port.mesh_cases import MESH_FEATURES
 from dion_dtensor import matrices
 from dion_dtensor.matrices import Split
-from dion_dtensor.orthonormalize import newton_schulz
+from dion_dtensor.rules.shared import orthonormalizer
 
 CLASSES = {"muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "dion2": "Dion2", "dion3": "Dion3"}
 SCALAR = ("adamw", "lion")
@@ -86,13 +87,16 @@ def _value(value: Any) -> Any:
 
 
 def orthonormalize(matrix: Tensor, hyper: Mapping[str, Any]) -> Tensor:
-    """The production polynomial on a stack of one."""
-    coefficients = tuple((a, b, c) for a, b, c in hyper["polynomial"])
-    rounded = matrix.to(getattr(torch, hyper["compute_dtype"])).unsqueeze(0)
-    result = newton_schulz(
-        rounded, coefficients, hyper["epsilon"], hyper["epsilon_rule"], hyper["norm_factor"] or 1.0
+    """The production polynomial on a stack of one, by the way that a step takes in this dtype."""
+    dtype = getattr(torch, hyper["compute_dtype"])
+    fields = SimpleNamespace(
+        coefficients=tuple((a, b, c) for a, b, c in hyper["polynomial"]),
+        epsilon=hyper["epsilon"],
+        epsilon_rule=hyper["epsilon_rule"],
+        norm_factor=hyper["norm_factor"] or 1.0,
+        compute_dtype=dtype,
     )
-    return result[0].to(matrix.dtype)
+    return orthonormalizer(fields)(matrix.to(dtype).unsqueeze(0))[0].to(matrix.dtype)
 
 
 def make_split(data: Mapping[str, Any]) -> Split:

@@ -22,7 +22,7 @@ from conformance.mutants.catalogue import mutants
 from conformance.mutants.gathering import KINDS, GatheringAdapter
 from conformance.mutants.mutant import ORACLE, PRODUCTION, Mutant
 from conformance.port.execute import execute
-from conformance.port.grading import ERROR, FAIL, grade
+from conformance.port.grading import FAIL, grade
 from conformance.port.mesh_cases import MeshCase, claimed_hypers, mesh_cases
 from conformance.port.mesh_program import _digest, checkpoint_folder, run_case
 from conformance.port.mesh_program import grade as grade_values
@@ -30,7 +30,6 @@ from conformance.port.runner import Selection, jobs
 from conformance.port.watchdog import watched
 from conformance.vectors import VectorSet
 
-DTYPE = "float64"
 RANKS = 4
 SECONDS = 40.0
 LOCAL = ("L0", "L1", "L2")
@@ -112,16 +111,13 @@ def _local(mutant: Mutant, vectors: VectorSet) -> Catch:
         for level in LOCAL:
             work = [
                 case
-                for case, _, known in jobs(claims, vectors, Selection((level,), (DTYPE,)))
+                for case, _, known in jobs(claims, vectors, Selection((level,), (mutant.dtype,)))
                 if known is None and case.algorithm in mutant.algorithms and case.result == "valid"
             ]
             for case in work:
-                verdict = grade(case, DTYPE, execute(adapter, case, DTYPE), claims.states)
-                # what merely raises has not been measured; a split that no longer fits its state raises, though
+                verdict = grade(case, mutant.dtype, execute(adapter, case, mutant.dtype), claims.states)
+                # What raises where a wrong number was meant does not fit the code, or a case that has no such thing.
                 if verdict.status == FAIL:
-                    catch.caught[level] = case.id, verdict.message
-                    break
-                if verdict.status == ERROR and case.split is None:
                     catch.caught[level] = case.id, verdict.message
                     break
             else:
@@ -221,7 +217,7 @@ def _judge(mutant: Mutant, case: MeshCase, rank: Rank, folder: str) -> tuple[str
     values, problem = None, None
     with nullcontext() if mutant.applied is None else mutant.applied():
         try:
-            values = run_case(adapter, case, DTYPE, rank, folder)
+            values = run_case(adapter, case, mutant.dtype, rank, folder)
         except Exception as error:
             problem = f"rank {rank.index} raised {one_line(error, 200)}"
     said: list[Any] = [None] * rank.count
@@ -234,7 +230,7 @@ def _judge(mutant: Mutant, case: MeshCase, rank: Rank, folder: str) -> tuple[str
     verdict: list[Any] = [None]
     if rank.index == 0:
         assert values is not None
-        errors = grade_values(case, DTYPE, values)
+        errors = grade_values(case, mutant.dtype, values)
         wrong = {
             name: pair for name, pair in errors.items() if pair[1] is not None and not pair[0] <= pair[1]
         }

@@ -24,6 +24,7 @@ class Mutant:
         algorithms: whose cases are run; at L3 and L4 the first only.
         applied: the context in which the subject is wrong.
         layouts: at L3 and L4, the layouts whose cases are run, as in the cases' ids.
+        dtype: of the cases. Production takes other ways in float32 than in float64.
         kind: name of the optimizer class of a gathering mutant, which needs no context.
     """
 
@@ -33,6 +34,7 @@ class Mutant:
     algorithms: tuple[str, ...]
     applied: Applied | None = None
     layouts: tuple[str, ...] = ()
+    dtype: str = "float64"
     kind: str = ""
 
 

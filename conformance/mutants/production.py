@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from conformance.mutants.gathering import unreduced
 from conformance.mutants.mutant import PRODUCTION, Applied, Mutant, attribute
 from dion_dtensor import buckets, optimizer, placements
-from dion_dtensor.orthonormalize import householder
+from dion_dtensor.orthonormalize import gram, householder
 from dion_dtensor.rules import dion, dion2, dion3, muon, normuon, shared
 from dion_dtensor.scale import scale_factor
 
@@ -28,8 +28,15 @@ def _in(owner: Any, name: str, wrong: Callable[[Any], Any]) -> Applied:
 def mutants() -> list[Mutant]:
     """All of them."""
 
-    def one(name: str, level: str, algorithm: str, applied: Applied, *layouts: str) -> Mutant:
-        return Mutant(name, PRODUCTION, level, (algorithm,), applied, layouts)
+    def one(
+        name: str, level: str, algorithm: str, applied: Applied, *layouts: str, dtype: str = "float64"
+    ) -> Mutant:
+        return Mutant(name, PRODUCTION, level, (algorithm,), applied, layouts, dtype)
+
+    def of_gram(name: str, wrong: Callable[[Any], Any]) -> Mutant:
+        return one(
+            f"{name}, Gram form", "L1", "muon", _in(shared, "gram_newton_schulz", wrong), dtype="float32"
+        )
 
     return [
         one("polynomial in bfloat16 for float64", "L1", "muon",
@@ -41,8 +48,17 @@ def mutants() -> list[Mutant]:
         one("last step of the polynomial dropped", "L1", "muon",
             _in(shared, "newton_schulz",
                 lambda f: lambda X, **k: f(X, **{**k, "coefficients": k["coefficients"][:-1]}))),
+        of_gram("epsilon clamped in place of added", lambda f: lambda X, **k: f(X, **{**k, "epsilon_rule": "clamp"})),
+        of_gram("norm factor of polar_express dropped", lambda f: lambda X, **k: f(X, **{**k, "norm_factor": 1.0})),
+        of_gram("last step of the polynomial dropped",
+                lambda f: lambda X, **k: f(X, **{**k, "coefficients": k["coefficients"][:-1]})),
+        of_gram("polynomial in bfloat16 for float32", lambda f: lambda X, **k: f(X.bfloat16(), **k).to(X.dtype)),
+        one("no restart of the Gram form", "L1", "muon",
+            _in(gram, "segments", lambda _: lambda coefficients, *_, **__: (len(coefficients),)), dtype="float32"),
+        one("Gram matrix not updated within a segment", "L1", "muon",
+            _in(gram, "symmetric_product", lambda f: _stale_gram(f)), dtype="float32"),
         one("transposed scale", "L1", "muon",
-            _in(buckets, "scale_factor", lambda f: lambda scale, shape: f(scale, shape[::-1]))),
+            _in(buckets, "scale_factor", lambda f: lambda scale, shape, stored: f(scale, shape[::-1], stored))),
         one("decay after the update", "L1", "muon", _in(buckets.Bucket, "_apply", lambda _: _decay_last)),
         one("no column is ever dead", "L1", "dion",
             _in(householder, "_dead", lambda f: lambda T, sizes: torch.zeros_like(f(T, sizes)))),
@@ -64,6 +80,20 @@ def mutants() -> list[Mutant]:
         one("state not copied on load", "L3", "dion",
             _in(optimizer, "load_states", lambda _: lambda members, states: None), "4-S0-to-2x2-S0S1"),
     ]  # fmt: skip
+
+
+def _stale_gram(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """``R <- Z R Z`` loses its second product."""
+    last: list[Tensor] = []
+
+    def wrong(left: Tensor, right: Tensor, blocks: int, **options: Any) -> Tensor:
+        if last and right is last[0] and options.get("add") is right and left is not right:
+            return last.pop()
+        result: Tensor = product(left, right, blocks, **options)
+        last[:] = [result]
+        return result
+
+    return wrong
 
 
 def _decay_last(self: Any, members: Any, updates: Any, decay: Tensor) -> None:

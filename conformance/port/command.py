@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from conformance.adapters import DTYPES, AdapterError, Capabilities, check_dialects, find, use_device
+from conformance.adapters import DTYPES, AdapterError, Capabilities, check_dialects
 from conformance.port import output
 from conformance.port.grading import Verdict
 from conformance.port.runner import Run, Selection, jobs, run_vectors
@@ -186,7 +186,7 @@ def run_port(
         if "L5" in selection.levels and "L5" in claims.levels:
             from conformance.port.convergence import run_gate
 
-            made = find(adapter)
-            use_device(made, device, adapter)
-            run.verdicts += run_gate(made, claims, vectors, selection, on_verdict=following)
+            run.verdicts += run_gate(
+                adapter, claims, vectors, selection, timeout=timeout, device=device, on_verdict=following
+            )
     return run

@@ -10,19 +10,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conformance.adapters import Adapter, Capabilities, Spec
+from conformance.adapters import Adapter, AdapterError, Capabilities, Spec
 from conformance.adapters.torch_optimizer import array
 from conformance.convergence.bands import SETTINGS
 from conformance.convergence.drivers import MATRIX_ALGORITHMS, Driver, FunctionalDriver
 from conformance.convergence.gate import Check, Gate
 from conformance.convergence.steps_gate import RULES
-from conformance.port.grading import FAIL, PASS, SKIP, UNCLAIMED, Verdict
+from conformance.port.grading import ERROR, FAIL, PASS, SKIP, UNCLAIMED, Verdict
 from conformance.port.runner import Selection
 from conformance.port.selection import reason
+from conformance.port.worker import LostError, Worker
 from conformance.vectors import VectorSet
 
 __all__ = ["AdapterPort", "gate_ids", "gate_jobs", "run_gate"]
 
+LONGER = 30
+"""A case trains for thousands of steps: so many times the seconds of a case of vectors may it take."""
 DIALECT = "dion"
 """The convention that the gate's bands were measured under: the oracle's defaults."""
 
@@ -109,33 +112,70 @@ def gate_jobs(
 
 
 def run_gate(
-    adapter: Adapter,
+    adapter: str | Adapter,
     claims: Capabilities,
     vectors: VectorSet,
     selection: Selection,
     *,
+    timeout: float = 60.0,
+    device: str = "cpu",
     on_verdict: Callable[[Verdict], None] = lambda _: None,
 ) -> list[Verdict]:
     """A verdict for each rule and part.
 
     Args:
-        adapter: the port's; it runs in this process.
+        adapter: the port's path, to run it in a process of its own, or the object, to run it in this one.
         claims: what it claims.
         vectors: where the convention's hyperparameters stand.
         selection: patterns, dtypes, skips and xfails.
+        timeout: seconds a case of the other levels, when it has its own process; `LONGER` times that here.
+        device: "cpu" or "cuda", likewise, for adapters that can be told.
         on_verdict: called with each.
     """
-    hypers = _hypers(claims, vectors)
     verdicts: list[Verdict] = []
-    for case, dtype, known in gate_jobs(claims, vectors, selection):
-        verdict = known
-        if verdict is None:
-            algorithm = case.split("/")[1]
-            port = AdapterPort(adapter, claims.name, {algorithm: hypers[algorithm]}, dtype)
-            verdict = selection.judged(_verdict(_blank(case, dtype), port))
-        verdicts.append(verdict)
-        on_verdict(verdict)
+    worker: Worker | None = None
+    asked: Callable[..., Verdict]
+    if isinstance(adapter, str):
+        worker = Worker(adapter, timeout, device)
+        asked = partial(judge, worker)
+    else:
+        asked = partial(through, adapter)
+    try:
+        for case, dtype, known in gate_jobs(claims, vectors, selection):
+            verdict = known
+            if verdict is None:
+                verdict = selection.judged(asked(*gate_case(case, dtype, claims, vectors)))
+            verdicts.append(verdict)
+            on_verdict(verdict)
+    finally:
+        if worker is not None:
+            worker.close()
     return verdicts
+
+
+GateCase = tuple[Verdict, str, Mapping[str, Any]]
+"""What is not judged yet, the port's name, and the hyperparameters of the convention."""
+
+
+def gate_case(case: str, dtype: str, claims: Capabilities, vectors: VectorSet) -> GateCase:
+    """A case of L5, ready to be judged."""
+    blank = _blank(case, dtype)
+    return blank, claims.name, _hypers(claims, vectors)[blank.algorithm]
+
+
+def judge(worker: Worker, blank: Verdict, name: str, hyper: Mapping[str, Any]) -> Verdict:
+    """The verdict of an adapter in its own process; one that hangs or dies is an error."""
+    try:
+        verdict: Verdict = worker.ask(through, blank, name, hyper, seconds=LONGER * worker.timeout)
+    except (AdapterError, LostError) as error:
+        return blank.with_status(ERROR, str(error))
+    return verdict
+
+
+def through(adapter: Adapter, blank: Verdict, name: str, hyper: Mapping[str, Any]) -> Verdict:
+    """The verdict of an adapter in this process."""
+    port = AdapterPort(adapter, name, {blank.algorithm: hyper}, blank.dtype)
+    return _verdict(blank, port)
 
 
 def _blank(case: str, dtype: str) -> Verdict:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from conformance.port.execute import Outcome, execute
 from conformance.vectors import Case
 
 START_SECONDS = 180.0
+
+
+class LostError(RuntimeError):
+    """The process hung or died; the message says how."""
 
 
 class Worker:
@@ -34,24 +39,33 @@ class Worker:
         self._channel: Connection | None = None
 
     def run(self, case: Case, dtype: str) -> Outcome:
-        """The outcome of a case; a process that hangs or dies is an outcome too."""
+        """The outcome of a case of L0 to L2; a process that hangs or dies is an outcome too."""
+        try:
+            outcome: Outcome = self.ask(execute, case, dtype, seconds=self.timeout)
+        except AdapterError as error:
+            return Outcome(raised=str(error), phase="importing the adapter")
+        except LostError as error:
+            return Outcome(raised=str(error), phase="the adapter")
+        return outcome
+
+    def ask(self, function: Callable[..., Any], *arguments: Any, seconds: float) -> Any:
+        """What `function(adapter, *arguments)` returns in the process, which is started if need be.
+
+        Raises:
+            AdapterError: see `start`.
+            LostError: the process hung or died.
+        """
         if self._process is None:
-            try:
-                self.start()
-            except AdapterError as error:
-                return Outcome(raised=str(error), phase="importing the adapter")
+            self.start()
         assert self._channel is not None
         try:
-            self._channel.send_bytes(pickle.dumps((case, dtype)))
-            if not self._channel.poll(self.timeout):
+            self._channel.send_bytes(pickle.dumps((function, arguments)))
+            if not self._channel.poll(seconds):
                 self.close()
-                return Outcome(
-                    raised=f"TimeoutError: no answer within {self.timeout:g} s", phase="the adapter"
-                )
-            outcome: Outcome = pickle.loads(self._channel.recv_bytes())
-            return outcome
+                raise LostError(f"TimeoutError: no answer within {seconds:g} s")
+            return pickle.loads(self._channel.recv_bytes())
         except (EOFError, OSError):
-            return Outcome(raised=self._ending(), phase="the adapter")
+            raise LostError(self._ending()) from None
 
     def start(self, seconds: float = START_SECONDS) -> Capabilities:
         """Starts the process; returns what the adapter in it claims.
@@ -138,7 +152,7 @@ def serve() -> None:
         return
     while True:
         try:
-            case, dtype = pickle.loads(channel.recv_bytes())
+            function, arguments = pickle.loads(channel.recv_bytes())
         except (EOFError, OSError):
             return
-        channel.send_bytes(pickle.dumps(execute(adapter, case, dtype)))
+        channel.send_bytes(pickle.dumps(function(adapter, *arguments)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -145,6 +146,19 @@ class HalfSteps:
         return {name: (value + params[name]) / 2 for name, value in new.items()}, state
 
 
+class EndsWhenStepped(HalfSteps):
+    """Leaves, dies or hangs at its first step."""
+
+    def __init__(self, how: str) -> None:
+        self.how = how
+
+    def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
+        {"leaves": sys.exit, "dies": os._exit, "hangs": time.sleep}[self.how](
+            3600 if self.how == "hangs" else 0
+        )
+        raise AssertionError
+
+
 perfect = OracleAdapter()
 idle = Idle()
 mislabelled = Mislabelled()
@@ -161,6 +175,9 @@ raises_on_ranks = RaisesOnRanks()
 hangs_on_ranks = HangsOnRanks()
 hangs_before_our_step = HangsBeforeOurStep()
 half_steps = HalfSteps()
+leaves_when_stepped = EndsWhenStepped("leaves")
+dies_when_stepped = EndsWhenStepped("dies")
+hangs_when_stepped = EndsWhenStepped("hangs")
 no_adapter = object()
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from conformance.adapters.ours import adapter as ours
 from conformance.port.convergence import gate_ids, run_gate
-from conformance.port.grading import FAIL, PASS, SKIP, UNCLAIMED
+from conformance.port.grading import ERROR, FAIL, PASS, SKIP, UNCLAIMED
 from conformance.port.runner import Selection
 from conformance.port.selection import Known
 from conformance.vectors import load
@@ -27,6 +27,17 @@ def test_half_steps_fail_and_what_is_not_claimed_is_listed() -> None:
     assert (listed.case, listed.status) == ("L5/dion2", UNCLAIMED)
     assert verdict.status == FAIL
     assert "must lie in" in verdict.message
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [("leaves", "exit code 0"), ("dies", "exit code 0"), ("hangs", "no answer within 3 s")],
+)
+def test_an_adapter_that_ends_its_process_or_hangs_is_an_error(how: str, said: str) -> None:
+    port = f"tests.port.ports:{how}_when_stepped"
+    listed, verdict = run_gate(port, half_steps.capabilities(), load(), FACTS, timeout=0.1)
+    assert (listed.status, verdict.status) == (UNCLAIMED, ERROR)
+    assert said in verdict.message
 
 
 def test_a_skip_needs_no_run(monkeypatch: pytest.MonkeyPatch) -> None:

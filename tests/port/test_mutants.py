@@ -10,6 +10,7 @@ from conformance.mutants.catalogue import mutants
 from conformance.mutants.hunt import LOCAL, hunt
 from conformance.mutants.mutant import ORACLE, PRODUCTION, Mutant, attribute
 from conformance.vectors import load
+from dion_dtensor import buckets
 
 EVERY = mutants()
 QUICK = (
@@ -17,6 +18,7 @@ QUICK = (
     *("decay by the scaled learning rate", "k rounded down", "ceiling in floats", "L2 for L1 norm"),
     *("variance updated on unselected rows", "wrong head boundary", "columns dead at float32's rounding"),
     *("last printed digit of a coefficient", "AdamW: steps are not counted", "no column is ever dead"),
+    *("epsilon clamped in place of added, Gram form", "Gram matrix not updated within a segment"),
 )
 
 
@@ -41,6 +43,19 @@ def test_no_mistake_is_not_caught() -> None:
     (catch,) = hunt(load(), [none])
     assert not catch.right
     assert catch.missed == ["L1", "L2"]
+
+
+def test_what_raises_is_not_caught() -> None:
+    """A mutant that takes other arguments than the code gives it would be caught by anything."""
+    broken = Mutant(
+        "too few arguments",
+        PRODUCTION,
+        "L1",
+        ("muon",),
+        lambda: attribute(buckets, "scale_factor", lambda _: len),
+    )
+    (catch,) = hunt(load(), [broken])
+    assert not catch.right
 
 
 def test_a_mutant_that_no_longer_fits_says_so() -> None:
