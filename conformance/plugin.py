@@ -42,6 +42,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--port-case", action="append", help="only ids that match this glob (repeatable)")
     group.addoption("--port-skip", type=Path, help="file of cases not to run: `pattern  # reason`")
     group.addoption("--port-xfail", type=Path, help="file of cases that have to fail, likewise")
+    group.addoption("--port-vectors", type=Path, help="folder of another set of vectors")
     group.addoption("--port-timeout", type=float, default=60.0, help="seconds that a case may take")
     group.addoption("--port-nproc", type=int, default=4, help="local ranks for L3 and L4")
     group.addoption("--port-device", default="cpu", choices=("cpu", "cuda"), help="where the port computes")
@@ -93,7 +94,7 @@ def _setup(config: pytest.Config) -> tuple[Selection, VectorSet, Capabilities]:
     if (cached := config.stash.get(SETUP, None)) is not None:
         return cached
     from conformance.adapters import AdapterError, check_dialects
-    from conformance.port.command import all_ids, claims_of, selection_of
+    from conformance.port.command import claimed_cases, claims_of, selection_of
     from conformance.port.selection import SelectionError, check_known
     from conformance.vectors import VectorError, load
 
@@ -107,10 +108,10 @@ def _setup(config: pytest.Config) -> tuple[Selection, VectorSet, Capabilities]:
             option("--port-skip"),
             option("--port-xfail"),
         )
-        vectors = load()
+        vectors = load(option("--port-vectors")) if option("--port-vectors") else load()
         claims = claims_of(option("--port"), option("--port-timeout"), option("--port-device"))
         check_dialects(claims, vectors, option("--port"))
-        check_known((*selection.skip, *selection.xfail), lambda: all_ids(claims, vectors))
+        check_known((*selection.skip, *selection.xfail), lambda: claimed_cases(claims, vectors))
         config.stash[SETUP] = selection, vectors, claims
         if all(known is not None and known.status != "skip" for _, _, known in _jobs(config)):
             raise SelectionError(f"no case that {option('--port')} claims is selected")
@@ -156,9 +157,27 @@ def conformance_case(request: pytest.FixtureRequest) -> Callable[[], None]:
         if verdict.status == UNDECIDED:
             pytest.skip(verdict.message)
         if verdict.status not in (PASS, ACCEPTABLE):
-            pytest.fail(f"{verdict.status}: {verdict.message}\n{verdict.details}", pytrace=False)
+            again = f"run it alone: {_command(request.config, verdict)}"
+            pytest.fail(f"{verdict.status}: {verdict.message}\n{again}\n{verdict.details}", pytrace=False)
 
     return run
+
+
+def _command(config: pytest.Config, verdict: Verdict) -> str:
+    """What runs one case again outside of pytest."""
+    from conformance.port.command import RANKS, SECONDS
+    from conformance.port.output import changed, command_of
+    from conformance.port.runner import Run
+
+    option = config.getoption
+    options = changed(
+        {
+            "--device": (option("--port-device"), "cpu"), "--nproc": (option("--port-nproc"), RANKS),
+            "--vectors": (option("--port-vectors"), None), "--timeout": (option("--port-timeout"), SECONDS),
+        }
+    )  # fmt: skip
+    _, _, claims = _setup(config)
+    return command_of(Run(claims, options=options), option("--port"), verdict)
 
 
 def _on_vectors(worker: Worker, config: pytest.Config, case: str, dtype: str) -> Verdict:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from conformance.adapters import DTYPES, AdapterError, Capabilities, check_dialects
+from conformance.adapters import DTYPES, LEVELS, AdapterError, Capabilities, check_dialects
 from conformance.port import output
 from conformance.port.grading import Verdict
 from conformance.port.runner import Run, Selection, jobs, run_vectors
@@ -71,7 +71,7 @@ def port(
         found = load(vectors) if vectors else load()
         claims = claims_of(adapter, timeout, device)
         check_dialects(claims, found, adapter)
-        check_known((*selection.skip, *selection.xfail), lambda: all_ids(claims, found))
+        check_known((*selection.skip, *selection.xfail), lambda: claimed_cases(claims, found))
         run = run_port(adapter, claims, found, selection, console, timeout, nproc=nproc, device=device)
     except (AdapterError, SelectionError, VectorError, OSError) as error:
         Console(stderr=True).print(
@@ -143,13 +143,21 @@ def check_backend(device: str, backend: str | None) -> None:
         )
 
 
-def all_ids(claims: Capabilities, vectors: VectorSet) -> list[str]:
-    """Ids of all levels, to which the files of known failures may refer."""
-    from conformance.port.convergence import gate_ids
+def claimed_cases(claims: Capabilities, vectors: VectorSet) -> list[tuple[str, str]]:
+    """Ids and dtypes of all levels that a port claims: to these the files of known failures may refer."""
+    from conformance.port.convergence import gate_jobs
     from conformance.port.mesh_cases import claimed_hypers, mesh_cases
 
-    meshes = mesh_cases(claimed_hypers(claims, vectors), ("L3", "L4"))
-    return [one.id for one in (*vectors, *meshes)] + gate_ids(claims, vectors)
+    every = Selection(LEVELS)
+    found = [(case.id, dtype) for case, dtype, known in jobs(claims, vectors, every) if known is None]
+    found += [
+        (case.id, dtype)
+        for case in mesh_cases(claimed_hypers(claims, vectors), ("L3", "L4"))
+        for dtype in claims.dtypes
+        if case.level in claims.levels and set(case.requires) <= set(claims.features)
+    ]
+    found += [(case, dtype) for case, dtype, known in gate_jobs(claims, vectors, every) if known is None]
+    return found
 
 
 def run_port(

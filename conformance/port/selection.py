@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from conformance.adapters import DTYPES, LEVELS
+from conformance.adapters import LEVELS
 
 
 class SelectionError(ValueError):
@@ -67,16 +67,22 @@ def read_known(path: Path | None) -> tuple[Known, ...]:
     return tuple(found)
 
 
-def check_known(known: Sequence[Known], ids: Callable[[], Sequence[str]]) -> None:
-    """Refuses entries that match no case at all; `ids` is asked only if there are entries.
+def check_known(known: Sequence[Known], claimed: Callable[[], Sequence[tuple[str, str]]]) -> None:
+    """Refuses entries that match nothing of what the port claims; `claimed` is asked only if there are entries.
+
+    Args:
+        known: the entries.
+        claimed: gives the ids and dtypes of all cases that the port claims.
 
     Raises:
         SelectionError: names the line.
     """
-    all_ids = ids() if known else ()
+    cases = claimed() if known else ()
     for one in known:
-        if not any(matches(case, dtype, one.pattern) for case in all_ids for dtype in DTYPES):
-            raise SelectionError(f"{one.where}: {one.pattern!r} matches no case; remove it or correct it")
+        if not any(matches(case, dtype, one.pattern) for case, dtype in cases):
+            raise SelectionError(
+                f"{one.where}: {one.pattern!r} matches no case that the port claims; remove it or correct it"
+            )
 
 
 def reason(known: Iterable[Known], case: str, dtype: str) -> str | None:

@@ -189,7 +189,7 @@ def test_a_file_that_hides_the_package_is_named(tmp_path: Path, monkeypatch: pyt
 
 def test_the_plugin_runs_the_same_selection_in_parallel(tmp_path: Path) -> None:
     (tmp_path / "xfail").write_text(
-        "*7x1-warm*  # broken there\nL4/muon/dion/2-S0  # of the command\nL5/muon/*  # likewise\n"
+        "*7x1-warm*  # broken there\nL2/muon/*  # of another run\nL1/dion3/*  # likewise\n"
     )
     (tmp_path / "skip").write_text("*1x7-warm*  # not today\n")
     (tmp_path / "test_it.py").write_text("def test_conformance(conformance_case):\n    conformance_case()\n")
@@ -245,7 +245,14 @@ def test_the_plugin_runs_the_convergence_gate(tmp_path: Path) -> None:
     ]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=170)
-    for said in ("FAILED", "test_port[L5/muon/facts@float64]", "must lie in", "1 failed"):
+    alone = "conformance port tests.port.ports:half_steps --level L5 --case L5/muon/facts"
+    for said in (
+        "FAILED",
+        "test_port[L5/muon/facts@float64]",
+        "must lie in",
+        f"run it alone: {alone}",
+        "1 failed",
+    ):
         assert said in done.stdout, done.stdout
 
 

@@ -17,6 +17,7 @@ GIVEN: dict[str, Any] = {
     "--port-skip": None,
     "--port-xfail": None,
     "--port-timeout": 60.0,
+    "--port-vectors": None,
     "--port-device": "cpu",
     "--port-nproc": 4,
 }

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from conformance.adapters import find
+from conformance.adapters import Capabilities, find
+from conformance.port.command import claimed_cases
 from conformance.port.grading import SKIP, XFAIL, XPASS
 from conformance.port.runner import Run, Selection, run_vectors
 from conformance.port.selection import SelectionError, check_known, levels_of, matches, read_known
@@ -59,7 +60,16 @@ def test_a_pattern_that_matches_nothing_is_an_error(tmp_path: Path) -> None:
     path = tmp_path / "known"
     path.write_text("L1/muon/*  # fine\nL1/moun/*  # a typing mistake\n")
     with pytest.raises(SelectionError, match=r"known:2: 'L1/moun/\*' matches no case"):
-        check_known(read_known(path), lambda: list(load().cases))
+        check_known(read_known(path), lambda: [(case, "float32") for case in load().cases])
+
+
+def test_what_the_port_does_not_claim_matches_nothing() -> None:
+    claims = Capabilities("port", {"muon": ("keller",)}, ("L1", "L3"), ("float32",), ("state",))
+    found = claimed_cases(claims, load())
+    assert {dtype for _, dtype in found} == {"float32"}
+    assert {case[:2] for case, _ in found} == {"L1", "L3"}
+    assert {case.split("/")[2] for case, _ in found} == {"keller"}
+    assert not any("qkv" in case or "S0S1" in case for case, _ in found)
 
 
 def run(name: str, tmp_path: Path, *, skip: str = "", xfail: str = "") -> Run:
