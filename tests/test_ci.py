@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import shlex
 import subprocess
@@ -70,8 +72,27 @@ def test_the_kubernetes_job_asks_for_the_gpus_that_it_uses() -> None:
     assert (shell, flag) == ("bash", "-c")
     subprocess.run(["bash", "-n", "-c", script], check=True)
     words = _commands(script.partition("ci/gpu")[2])
-    assert words == ["--nproc", str(container["resources"]["limits"]["nvidia.com/gpu"])]
+    gpus = str(container["resources"]["limits"]["nvidia.com/gpu"])
+    assert words == ["--nproc", gpus, "--report", "/report"]
+    (kept,) = [one["name"] for one in spec["volumes"] if "persistentVolumeClaim" in one]
+    assert {"name": kept, "mountPath": "/report"} in container["volumeMounts"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {one["name"] for one in spec["volumes"]}
+
+
+@pytest.mark.slow
+def test_the_command_for_gpus_runs_without_them(tmp_path: Path) -> None:
+    options = ["--backend", "gloo", "--nproc", "2", "--report", str(tmp_path), "--case", "L4/muon/*/2-S0*"]
+    command = ["nice", str(ROOT / "ci" / "gpu"), *options]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1500, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "ci/gpu: pass (2 ranks, gloo)" in done.stdout
+    written = {"vectors", "gloo", "gloo-compiled"}
+    assert {f"{name}.{kind}" for name in written for kind in ("json", "xml", "html")} <= set(
+        os.listdir(tmp_path)
+    )
+    compiled = json.loads((tmp_path / "gloo-compiled.json").read_text())
+    assert compiled["verdicts"]
+    assert {one["status"] for one in compiled["verdicts"]} <= {"pass", "not claimed"}
 
 
 def test_the_slurm_file_joins_the_nodes(tmp_path: Path) -> None:
