@@ -18,6 +18,9 @@ SKIP, XFAIL, XPASS, UNCLAIMED, UNDECIDED = "skip", "xfail", "xpass", "not claime
 BAD = (FAIL, ERROR, XPASS)
 """Statuses that make the run fail."""
 
+Spectrum = tuple[tuple[float, float], ...]
+"""By singular direction: its length, and the error over it."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -31,7 +34,7 @@ class Verdict:
         message: what is wrong, or why there is no verdict; empty on a plain pass.
         errors: by quantity, the relative error and what is allowed.
         seconds: wall time.
-        spectrum: along the singular directions of the expected update: expected length, and length found.
+        spectrum: by singular direction of the expected update, longest first: its length, and the error over it.
         details: a traceback.
     """
 
@@ -45,7 +48,7 @@ class Verdict:
     message: str = ""
     errors: Mapping[str, tuple[float, float | None]] = field(default_factory=dict)
     seconds: float = 0.0
-    spectrum: tuple[tuple[float, float], ...] = ()
+    spectrum: Spectrum = ()
     details: str = ""
 
     @property
@@ -158,14 +161,21 @@ def _grade_refusal(case: Case, outcome: Outcome, base: Verdict) -> Verdict:
     return base.with_status(FAIL, "a NaN in the gradient became a finite update, without an error")
 
 
-def spectrum(update: NDArray[Any], reference: NDArray[Any]) -> tuple[tuple[float, float], ...]:
-    """For the worst step: along each singular direction of the expected update, its length there and the one found."""
-    if update.shape != reference.shape or not np.isfinite(update).all():
+def spectrum(update: NDArray[Any], reference: NDArray[Any]) -> Spectrum:
+    """By singular direction of the expected update, for the worst step: its length ``s``, and the error over it.
+
+    With ``E`` the whole error and ``u``, ``v`` the direction's vectors the error over it is the larger of ``||E v||``
+    and ``||E^T u||``: what the update does there beyond ``s u v^T`` is part of it. Empty where nothing can be compared.
+    """
+    if update.shape != reference.shape or not np.isfinite(update).all() or not reference.size:
         return ()
     step = int(np.argmax([relative_error(one, other) for one, other in zip(update, reference, strict=True)]))
     value, wanted = (
         array[step].reshape(array.shape[1] if array.ndim > 2 else 1, -1) for array in (update, reference)
     )
+    if not wanted.any():
+        return ()
     left, lengths, right = np.linalg.svd(wanted, full_matrices=False)
-    found = np.einsum("ik,ij,kj->k", left, value, right)
-    return tuple((float(s), float(f)) for s, f in zip(lengths, found, strict=True))
+    error = value - wanted
+    over = np.maximum(np.linalg.norm(error @ right.T, axis=0), np.linalg.norm(error.T @ left, axis=0))
+    return tuple((float(s), float(e)) for s, e in zip(lengths, over, strict=True))

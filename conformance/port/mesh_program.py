@@ -5,10 +5,11 @@ from __future__ import annotations
 import functools
 import hashlib
 import logging
+import math
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.utils._pytree import tree_map
 from conformance.adapters import Spec, find
 from conformance.adapters.oracle import make_hyper
 from conformance.launch import Rank
+from conformance.port.grading import Spectrum, spectrum
 from conformance.port.mesh_cases import RESUME_AFTER, SHAPES, STEPS, Layout, MeshCase
 from conformance.port.watchdog import watched
 from conformance.process_groups import shared_group, shared_mesh
@@ -84,6 +86,7 @@ class Finished:
         problem: what is wrong besides, such as ranks that disagree.
         digest: SHA-256 of all results, to compare backends.
         values: by quantity of each parameter, the whole tensor.
+        spectrum: of the update of the parameter that uses most of its tolerance.
     """
 
     index: int
@@ -92,6 +95,7 @@ class Finished:
     digest: str
     seconds: float
     values: Mapping[str, Any]
+    spectrum: Spectrum = ()
 
 
 def program(rank: Rank, work: Work) -> None:
@@ -120,7 +124,8 @@ def program(rank: Rank, work: Work) -> None:
             errors = grade(case, dtype, values)
             numbers = {name: value.double().cpu().numpy() for name, value in values.items()}
             seconds = time.perf_counter() - began
-            rank.emit(Finished(index, errors, problem, _digest(values), seconds, numbers))
+            along = worst_spectrum(case, dtype, values)
+            rank.emit(Finished(index, errors, problem, _digest(values), seconds, numbers, along))
 
 
 def run_case(adapter: Any, case: MeshCase, dtype: str, rank: Rank, folder: str) -> Values | None:
@@ -324,7 +329,33 @@ def _expected(algorithm: str, dialect: str, hyper: Any) -> dict[str, tuple[Value
 
 def grade(case: MeshCase, dtype: str, values: Values) -> dict[str, tuple[float, float | None]]:
     """By quantity, error and tolerance of the parameter that uses most of its tolerance."""
-    worst: dict[str, tuple[float, float | None]] = {}
+    worst: dict[str, _Measured] = {}
+    for one in _measured(case, dtype, values):
+        if one.quantity not in worst or _share(one.pair) > _share(worst[one.quantity].pair):
+            worst[one.quantity] = one
+    return {quantity: one.pair for quantity, one in worst.items()}
+
+
+def worst_spectrum(case: MeshCase, dtype: str, values: Values) -> Spectrum:
+    """The spectrum of the update that uses most of its tolerance; empty if that is no matrix."""
+    updates = [one for one in _measured(case, dtype, values) if one.quantity == "update"]
+    worst = max(updates, key=lambda one: _share(one.pair), default=None)
+    if worst is None or worst.found.ndim != 3:  # the first dim is that of steps
+        return ()
+    return spectrum(worst.found.numpy(), worst.expected.numpy())
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One quantity of one parameter: what was found and expected, and its error and tolerance."""
+
+    quantity: str
+    found: Tensor
+    expected: Tensor
+    pair: tuple[float, float | None]
+
+
+def _measured(case: MeshCase, dtype: str, values: Values) -> Iterator[_Measured]:
     reference = _expected(case.algorithm, case.dialect, make_hyper(case.algorithm, case.hyper))
     for name, value in values.items():
         parameter, _, key = name.partition("/")
@@ -333,13 +364,14 @@ def grade(case: MeshCase, dtype: str, values: Values) -> dict[str, tuple[float, 
         found = value.double().cpu()
         found = found.unsqueeze(0) if key == "update" else found
         pair = (tolerance.error(quantity, found, expected[quantity]), allowed[dtype][quantity])
-        if quantity not in worst or _share(pair) > _share(worst[quantity]):
-            worst[quantity] = pair
-    return worst
+        yield _Measured(quantity, found, expected[quantity], pair)
 
 
 def _share(pair: tuple[float, float | None]) -> float:
-    return pair[0] / pair[1] if pair[1] else 0.0
+    error, allowed = pair
+    if allowed and not math.isfinite(error):
+        return math.inf  # NaN, too, comes before every number
+    return error / allowed if allowed else 0.0
 
 
 def checkpoint_folder() -> str:

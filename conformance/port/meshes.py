@@ -202,7 +202,9 @@ def _blank(job: Job, status: str, message: str = "") -> Verdict:
 
 def graded(job: Job, finished: Finished) -> Verdict:
     """The verdict on what the ranks found."""
-    verdict = replace(_blank(job, PASS), errors=finished.errors, seconds=finished.seconds)
+    verdict = replace(
+        _blank(job, PASS), errors=finished.errors, seconds=finished.seconds, spectrum=finished.spectrum
+    )
     wrong = [
         f"{name.removeprefix('state/')} is off by {error:.2g}, allowed {allowed:.2g}"
         for name, (error, allowed) in finished.errors.items()
