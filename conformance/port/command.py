@@ -84,6 +84,7 @@ def port(
             "--vectors": (vectors, None), "--timeout": (timeout, SECONDS),
         }
     )  # fmt: skip
+    run.xfail = output.changed({"--xfail": (xfail, None)})
     seconds = time.monotonic() - began
     about = output.facts(run, adapter, f"{found.version}, {len(found)} cases", seconds)
     output.show(run, adapter, console, seconds, details=traceback)

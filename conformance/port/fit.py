@@ -16,6 +16,8 @@ from conformance.vectors import Case, VectorSet
 SHOWN = 3
 ENOUGH = 0.9
 """Share of the cases that an explanation has to match."""
+SEVERAL = 3
+"""Fewer cases tell no convention: too many agree on them."""
 
 Done = Sequence[tuple[Case, Outcome]]
 Expected = tuple[NDArray[np.float64], float]
@@ -31,6 +33,7 @@ class Fit:
         explanation: a dialect, or the claimed one "with" another choice; empty if nothing explains it.
         matching, compared: cases within tolerance, and all.
         error: the largest update error of those within tolerance.
+        enough: the cases suffice to tell conventions from each other.
     """
 
     algorithm: str
@@ -40,6 +43,7 @@ class Fit:
     matching: int
     compared: int
     error: float
+    enough: bool = True
 
     @property
     def share(self) -> float:
@@ -47,6 +51,9 @@ class Fit:
         return self.matching / self.compared if self.compared else 0.0
 
     def __str__(self) -> str:
+        if not self.enough:
+            cases = "case" if self.compared == 1 else "cases"
+            return f"{self.compared} {cases} cannot tell what it follows: run all of its L1 and L2"
         if not self.explanation:
             return "no known convention matches, nor this one with one choice changed"
         which = "all" if self.matching == self.compared else f"{self.matching} of"
@@ -54,7 +61,10 @@ class Fit:
 
 
 def fits(
-    vectors: VectorSet, outcomes: Mapping[tuple[str, str], Outcome], failed: Iterable[tuple[str, str]]
+    vectors: VectorSet,
+    outcomes: Mapping[tuple[str, str], Outcome],
+    failed: Iterable[tuple[str, str]],
+    given: bool = True,
 ) -> list[Fit]:
     """For every (algorithm, dialect, dtype) with a failure, what explains its cases better than what is claimed.
 
@@ -62,6 +72,7 @@ def fits(
         vectors: all cases; the siblings of a case have the same inputs in another dialect.
         outcomes: by (case, dtype), what the port did on one device.
         failed: (case, dtype) that failed.
+        given: the port starts from given states.
     """
     found = []
     for algorithm, claimed, dtype in sorted(
@@ -75,6 +86,10 @@ def fits(
             and vectors[case].result == "valid"
             and outcome.update is not None
         ]
+        decided = [case for case, _ in done if _allowed(case, dtype) is not None]
+        if not _telling(decided, given):
+            found.append(Fit(algorithm, claimed, dtype, "", 0, len(decided), 0.0, enough=False))
+            continue
 
         def fit(
             explanation: str,
@@ -82,7 +97,9 @@ def fits(
             group: tuple[str, str, str] = (algorithm, claimed, dtype),
             done: Done = done,
         ) -> Fit:
-            return Fit(*group, explanation, *_compared(done, expected))
+            cases, errors = _compared(done, expected)
+            error = max(errors, default=0.0)
+            return Fit(*group, explanation, len(errors), len(cases), error, _telling(cases, given))
 
         own = fit(claimed, _own(dtype))
         tried = [
@@ -91,11 +108,10 @@ def fits(
             if name != claimed
         ]
         better = _better(tried, own)
-        if not better and done:
-            cases = [case for case, _ in done]
+        if not better:
             tried = [
                 fit(f"{claimed} with {text}", _changed(change, dtype))
-                for text, change in changes(algorithm, cases)
+                for text, change in changes(algorithm, [case for case, _ in done])
             ]
             better = _better(tried, own)
         if not better and dtype != "bfloat16":
@@ -105,25 +121,40 @@ def fits(
 
 
 def _better(tried: Sequence[Fit], own: Fit) -> list[Fit]:
-    kept = [fit for fit in tried if fit.share >= ENOUGH and fit.share > own.share]
+    kept = [fit for fit in tried if fit.enough and fit.share >= ENOUGH and fit.share > own.share]
     return sorted(kept, key=lambda fit: (-fit.matching, fit.error))[:SHOWN]
 
 
-def _compared(done: Done, expected: Callable[[Case], Expected | None]) -> tuple[int, int, float]:
-    """Cases that match, cases compared, and the largest error of those that match; no more than settle it."""
+def _telling(cases: Sequence[Case], given: bool) -> bool:
+    """True for several cases, one of them from a given state or, where ports take none, of several steps.
+
+    From zero, in one step, conventions of momentum give the same update.
+    """
+    return len(cases) >= SEVERAL and any(_warm(case) if given else case.steps > 1 for case in cases)
+
+
+def _warm(case: Case) -> bool:
+    return any(
+        name.startswith("state/") and name != "state/step" and "/Q" not in name and value.any()
+        for name, value in case.inputs.items()
+    )
+
+
+def _compared(done: Done, expected: Callable[[Case], Expected | None]) -> tuple[list[Case], list[float]]:
+    """The cases compared, and the errors of those that match; no more than settle it."""
     within: list[float] = []
-    compared = 0
+    compared: list[Case] = []
     for case, outcome in done:
-        if compared - len(within) > (1 - ENOUGH) * len(done):
+        if len(compared) - len(within) > (1 - ENOUGH) * len(done):
             break
         wanted = expected(case)
         if wanted is None or outcome.update is None:
             continue
         error = error_of("update", outcome.update, wanted[0])
-        compared += 1
+        compared.append(case)
         if error <= wanted[1]:
             within.append(error)
-    return len(within), compared, max(within, default=0.0)
+    return compared, within
 
 
 def _allowed(case: Case, dtype: str) -> float | None:

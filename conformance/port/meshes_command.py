@@ -91,7 +91,7 @@ def meshes(
                 "--compile": (compiled, False), "--timeout": (timeout, SECONDS), "--against": (against, None),
             }
         )  # fmt: skip
-        run = Run(claims, levels=selection.levels, command="meshes", options=options)
+        run = Run(claims, levels=selection.levels, only=selection.only, command="meshes", options=options)
         run.verdicts = run_meshes(
             adapter, claims, vectors, selection, ranks=_ranks(nproc), device=device, timeout=timeout,
             compiled=compiled, on_verdict=line, keep=kept,

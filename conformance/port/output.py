@@ -52,6 +52,8 @@ def command_of(run: Run, adapter: str, verdict: Verdict) -> str:
     if run.command == "port":
         words.append(adapter)
     words += ["--level", verdict.level, "--case", verdict.id, *run.options]
+    if verdict.status == XPASS:
+        words += run.xfail  # without the file it would pass
     return shlex.join([*words, "--traceback"] if run.command == "port" else words)
 
 
@@ -117,7 +119,7 @@ def not_claimed(run: Run) -> str:
         listed = named.setdefault(kind, [])
         listed += [one for one in what.split(", ") if one not in listed]
     if not named:
-        return "everything is claimed"
+        return "everything selected is claimed" if run.only else "everything is claimed"
     parts = [
         f"{kind} ({len(listed)})" if kind.startswith("other") else f"{kind} {', '.join(listed)}"
         for kind, listed in named.items()

@@ -76,8 +76,9 @@ class Run:
         verdicts: in the order of the cases.
         outcomes: by (case, dtype), of what was run on one device.
         fits: conventions that explain failures.
-        levels: that were asked for.
+        levels, only: levels and patterns that were asked for.
         command, options: what runs a case again as it was run: "port" or "meshes", and its further options.
+        xfail: the option that names the file of known failures, for the cases that passed in spite of it.
     """
 
     port: Capabilities
@@ -85,8 +86,10 @@ class Run:
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
     fits: list[Fit] = field(default_factory=list)
     levels: tuple[str, ...] = ()
+    only: tuple[str, ...] = ()
     command: str = "port"
     options: tuple[str, ...] = ()
+    xfail: tuple[str, ...] = ()
 
     def count(self, *statuses: str) -> int:
         """Number of verdicts with one of these statuses."""
@@ -148,7 +151,7 @@ def run_vectors(
         device: "cpu" or "cuda", likewise, for adapters that can be told.
         on_verdict: called with each.
     """
-    run = Run(port, levels=selection.levels)
+    run = Run(port, levels=selection.levels, only=selection.only)
     worker = Worker(adapter, timeout, device) if isinstance(adapter, str) else None
     try:
         for case, dtype, known in jobs(port, vectors, selection):
@@ -165,5 +168,5 @@ def run_vectors(
     failed: Sequence[tuple[str, str]] = [
         (one.case, one.dtype) for one in run.verdicts if one.status == FAIL and one.level in ("L1", "L2")
     ]
-    run.fits = fits(vectors, run.outcomes, failed)
+    run.fits = fits(vectors, run.outcomes, failed, given="state" in port.features)
     return run

@@ -14,8 +14,17 @@ from conformance.vectors import load
 
 CASES = tuple(
     f"L?/muon/keller/{name}"
-    for name in ("24x8-warm", "8x24-warm", "13x10-warm", "24x8-tiny", "13x10-fresh", "13x10-10*")
+    for name in (
+        "24x8-warm",
+        "8x24-warm",
+        "13x10-warm",
+        "24x8-tiny",
+        "13x10-fresh",
+        "24x8-fresh",
+        "13x10-10*",
+    )
 )
+FEATURES = ("state", "schedule:lr", "schedule:mu")
 
 
 class Muon(torch.optim.Optimizer):
@@ -59,15 +68,16 @@ class Muon(torch.optim.Optimizer):
             p.mul_(1.01)
 
 
-def explanations(how: str, key: str = "buffer") -> list[str]:
+def explanations(
+    how: str, key: str = "buffer", cases: tuple[str, ...] = CASES, features: tuple[str, ...] = FEATURES
+) -> list[str]:
     def build(params: Any, spec: Spec) -> torch.optim.Optimizer:
         hyper = {name: spec.hyper[name] for name in ("lr", "weight_decay")}
         return Muon([p for _, p in params], how, momentum=spec.hyper["mu"], **hyper)
 
-    features = ("state", "schedule:lr", "schedule:mu")
     claims = Capabilities("port", {"muon": ("keller",)}, dtypes=("float32",), features=features)
     adapter = TorchOptimizerAdapter(claims, build, state={"momentum": key}, hyper={"mu": "momentum"})
-    run = run_vectors(adapter, claims, load(), Selection(("L1", "L2"), (), CASES))
+    run = run_vectors(adapter, claims, load(), Selection(("L1", "L2"), (), cases))
     return [str(fit) for fit in run.fits]
 
 
@@ -98,3 +108,28 @@ def test_a_state_under_the_wrong_key_is_named() -> None:
 def test_what_nothing_explains_gets_no_guess() -> None:
     assert explanations("of its own") == ["no known convention matches, nor this one with one choice changed"]
     assert explanations("") == []  # nothing failed
+
+
+FRESH = ("L1/muon/keller/13x10-fresh", "L1/muon/keller/8x24-fresh", "L1/muon/keller/24x8-tiny")
+
+
+@pytest.mark.parametrize(
+    ("cases", "features", "said"),
+    [
+        (
+            ("L1/muon/keller/13x10-warm",),
+            FEATURES,
+            "1 case cannot tell what it follows: run all of its L1 and L2",
+        ),
+        (FRESH, FEATURES, "3 cases cannot tell what it follows: run all of its L1 and L2"),
+        (("L?/muon/keller/13x10-fresh", "L2/muon/keller/*-10"), FEATURES, "3 cases cannot tell"),
+        ((*FRESH, "L1/muon/keller/8x8-warm"), FEATURES, "matches keller with"),
+        (FRESH, (), "3 cases cannot tell"),
+        (("L?/muon/keller/13x10-fresh", "L2/muon/keller/*-10"), FEATURES[1:], "matches keller with"),
+    ],
+)
+def test_no_convention_is_named_from_too_few_cases(
+    cases: tuple[str, ...], features: tuple[str, ...], said: str
+) -> None:
+    (first, *_) = explanations("four steps", cases=cases, features=features)
+    assert first.startswith(said)
