@@ -10,12 +10,11 @@ import multiprocessing
 import os
 import pickle
 import signal
-import subprocess
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
@@ -26,38 +25,23 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import TCPStore
 
+from conformance.joined import joined_environment, run_joined
+from conformance.ranks import (
+    GRACE_SECONDS,
+    Rank,
+    RankFailedError,
+    device_of,
+    likely_cause,
+    lost_peer,
+    one_line,
+)
+
+__all__ = ["Rank", "RankFailedError", "describe_exit", "is_main", "joined", "one_line", "run"]
+
 Argument = TypeVar("Argument")
 Result = TypeVar("Result")
 
-GRACE_SECONDS = 1.0  # after the first failure, for the failure that caused it to show
 END_SECONDS = 3.0  # between SIGTERM and SIGKILL
-
-
-class RankFailedError(RuntimeError):
-    """A rank raised or died. `rank` is the first that did, `reason` its exception or exit signal."""
-
-    def __init__(self, rank: int, reason: str, details: str = "") -> None:
-        super().__init__(f"rank {rank} {reason}")
-        self.rank = rank
-        self.reason = reason
-        self.details = details
-
-
-@dataclass(frozen=True)
-class Rank:
-    """What a function knows of the place where it runs.
-
-    Attributes:
-        index: this rank, from 0.
-        count: number of ranks.
-        device: device of this rank's tensors.
-        emit: sends a picklable event to the process that started the ranks (dropped on joined ranks but 0).
-    """
-
-    index: int
-    count: int
-    device: torch.device
-    emit: Callable[[object], None]
 
 
 @dataclass
@@ -75,12 +59,12 @@ class _Watched:
 
 def joined() -> bool:
     """True when another launcher (torchrun, Slurm) has already started the ranks."""
-    return _joined_environment() is not None
+    return joined_environment() is not None
 
 
 def is_main() -> bool:
     """True in the one process that prints and writes: the starting one, or rank 0 of joined ranks."""
-    environment = _joined_environment()
+    environment = joined_environment()
     return environment is None or environment["RANK"] == "0"
 
 
@@ -110,9 +94,9 @@ def run(
     Raises:
         RankFailedError: a rank raised or died; every other rank has been ended.
     """
-    environment = _joined_environment()
+    environment = joined_environment()
     if process_group and environment is not None:
-        return _run_joined(function, argument, environment, device, on_event, timeout)
+        return run_joined(function, argument, environment, device, on_event, timeout)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conformance.launch", *preload])
@@ -184,15 +168,12 @@ def _failure(watched: list[_Watched]) -> RankFailedError:
         if one.error is None and one.ended is not None and not one.finished:
             return 0, one.ended
         if one.error is not None:
-            return (2 if _lost_peer(one.error[0]) else 1), index
+            return (2 if lost_peer(one.error[0]) else 1), index
         return 3, index
 
     index, one = min(enumerate(watched), key=suspicion)
     if one.error is not None:
-        line, details = one.error
-        same = [other for other, peer in enumerate(watched) if peer.error and peer.error[0] == line]
-        also = f" (the same on ranks {', '.join(map(str, same[1:]))})" if len(same) > 1 else ""
-        return RankFailedError(index, f"raised {line}{also}", details)
+        return likely_cause({rank: peer.error for rank, peer in enumerate(watched) if peer.error is not None})
     one.process.join(1.0)
     return RankFailedError(index, describe_exit(one.process.exitcode))
 
@@ -207,12 +188,6 @@ def describe_exit(code: int | None) -> str:
         except ValueError:
             return f"was killed by signal {-code}"
     return f"ended with exit code {code} and no result"
-
-
-def _lost_peer(line: str) -> bool:
-    """True for the errors that a rank raises because another one is gone."""
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Connection refused")
-    return line.startswith(("DistBackendError", "DistNetworkError")) or any(sign in line for sign in signs)
 
 
 def _end(watched: list[_Watched]) -> None:
@@ -256,7 +231,7 @@ def _local_rank(
 
     try:
         torch.set_num_threads(1)
-        place = _device(device, index)
+        place = device_of(device, index)
         if port:
             if sys.platform.startswith("linux"):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
@@ -280,83 +255,9 @@ def _local_rank(
         os._exit(1)  # an orderly exit could wait for ranks that are gone
 
 
-def one_line(error: BaseException, limit: int = 600) -> str:
-    """`Type: message`, the message's lines joined and cut at `limit` characters."""
-    message = " ".join(str(error).split())
-    if len(message) > limit:
-        message = f"{message[:limit]} ..."
-    return f"{type(error).__name__}: {message}" if message else type(error).__name__
-
-
 def _leave_with_parent(lifeline: Connection) -> None:
     """Ends this process when the one that started it is gone, however that came about."""
     try:
         lifeline.recv_bytes()
     except (EOFError, OSError):
         os._exit(1)
-
-
-def _device(kind: str, local_rank: int) -> torch.device:
-    """The device of a rank; raises ValueError when there is no such device."""
-    if kind == "cpu":
-        return torch.device("cpu")
-    if kind != "cuda":
-        raise ValueError(f"device must be cpu or cuda, not {kind!r}")
-    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
-        raise ValueError(f"no GPU for local rank {local_rank}: {torch.cuda.device_count()} visible")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
-
-
-def _joined_environment() -> Mapping[str, str] | None:
-    """RANK, WORLD_SIZE, LOCAL_RANK and MASTER_ADDR of ranks started by torchrun or Slurm, else None."""
-    found = os.environ
-    if "RANK" in found and "WORLD_SIZE" in found:
-        return {name: found[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK") if name in found}
-    if "SLURM_PROCID" in found and int(found.get("SLURM_STEP_NUM_TASKS", "1")) > 1:
-        return {
-            "RANK": found["SLURM_PROCID"],
-            "WORLD_SIZE": found["SLURM_STEP_NUM_TASKS"],
-            "LOCAL_RANK": found.get("SLURM_LOCALID", "0"),
-            "MASTER_ADDR": found.get("MASTER_ADDR") or _first_slurm_host(),
-            "MASTER_PORT": found.get("MASTER_PORT", "29500"),
-        }
-    return None
-
-
-def _first_slurm_host() -> str:
-    """Name of the first host of the Slurm step."""
-    hosts = os.environ.get("SLURM_STEP_NODELIST", "localhost")
-    listed = subprocess.run(
-        ["scontrol", "show", "hostnames", hosts], capture_output=True, text=True, check=True
-    )
-    return listed.stdout.split()[0]
-
-
-def _run_joined(
-    function: Callable[[Rank, Argument], Result],
-    argument: Argument,
-    environment: Mapping[str, str],
-    device: str,
-    on_event: Callable[[int, object], None] | None,
-    timeout: float,
-) -> list[Result]:
-    """Runs as one of the ranks that another launcher started; that launcher ends the others on failure."""
-    os.environ.update(environment)
-    index, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    place = _device(device, int(environment.get("LOCAL_RANK", index)))
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
-
-    def emit(event: object) -> None:
-        if index == 0 and on_event is not None:
-            on_event(0, event)
-
-    try:
-        result = function(Rank(index, count, place, emit), argument)
-        results: list[Any] = [None] * count
-        dist.all_gather_object(results, result)
-    except Exception as error:
-        raise RankFailedError(index, f"raised {one_line(error)}", traceback.format_exc()) from error
-    dist.destroy_process_group()
-    return results

@@ -105,6 +105,7 @@ def program(rank: Rank, work: Work) -> None:
 
     def hung(line: str, waits: bool) -> None:
         rank.emit(Hung(line, waits))
+        rank.linger()
 
     shared = [work.folder]  # joined ranks have made one each
     with watched(work.timeout, rank.index, hung):

@@ -22,9 +22,6 @@ from conformance.port.selection import SelectionError
 PORT = "conformance.adapters.ours:adapter"
 RANKS, SECONDS = 4, 120.0
 """Defaults of --nproc and --timeout."""
-LAST_WORDS = (
-    8.0  # seconds for rank 0 to write the report, before the launcher ends all ranks because one has failed
-)
 
 
 def meshes(
@@ -102,9 +99,7 @@ def meshes(
         )
         raise typer.Exit(2) from None
     if not launch.is_main():
-        failed = any(one.status == ERROR for one in run.verdicts)
-        time.sleep(LAST_WORDS if failed else 0.0)
-        raise typer.Exit(1 if failed else 0)
+        raise typer.Exit(1 if any(one.status == ERROR for one in run.verdicts) else 0)
     if other is not None:
         run.verdicts = [compare(one, kept, other) for one in run.verdicts]
         for one in run.verdicts:
