@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import time
 from collections.abc import Mapping
@@ -88,12 +89,13 @@ class HangsOnRanks(GatheringAdapter):
 
 class _Counting(Gathering):
     taken = 0
+    culprit = 2
 
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         import torch.distributed as dist
 
         self.taken += 1
-        if dist.get_rank() == 2 and self.taken == 2:
+        if dist.get_rank() == self.culprit and self.taken == 2:
             self.misbehave()
         super().step()
 
@@ -109,6 +111,29 @@ class _Raising(_Counting):
 class _Hanging(_Counting):
     def misbehave(self) -> None:
         time.sleep(3600)
+
+
+class DiesOnRanks(GatheringAdapter):
+    """One rank of four is killed in its second step."""
+
+    def build(self, params: Any, spec: Spec) -> Any:
+        return _Dying(params, spec)
+
+
+class _Dying(_Counting):
+    def misbehave(self) -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class HangsOnRankZero(GatheringAdapter):
+    """The rank that writes the report is the one that hangs."""
+
+    def build(self, params: Any, spec: Spec) -> Any:
+        return _HangingFirst(params, spec)
+
+
+class _HangingFirst(_Hanging):
+    culprit = 0
 
 
 class HangsBeforeOurStep:
@@ -129,6 +154,18 @@ class HangsBeforeOurStep:
                 time.sleep(3600)
 
         optimizer.register_step_pre_hook(before)
+        return optimizer
+
+
+class HangsInOurBucket(HangsBeforeOurStep):
+    """`dion_dtensor`, and rank two of four hangs in the first bucket's step, before its collectives."""
+
+    def build(self, params: Any, spec: Spec) -> Any:
+        import torch.distributed as dist
+
+        optimizer = ours.build(params, spec)
+        if dist.get_world_size() == 4 and dist.get_rank() == 2:
+            optimizer.buckets[0]._plan = lambda *_: time.sleep(3600)
         return optimizer
 
 
@@ -173,7 +210,10 @@ wrong_name = Broken("wrong name")
 no_array = Broken("no array")
 raises_on_ranks = RaisesOnRanks()
 hangs_on_ranks = HangsOnRanks()
+hangs_on_rank_zero = HangsOnRankZero()
+dies_on_ranks = DiesOnRanks()
 hangs_before_our_step = HangsBeforeOurStep()
+hangs_in_our_bucket = HangsInOurBucket()
 half_steps = HalfSteps()
 leaves_when_stepped = EndsWhenStepped("leaves")
 dies_when_stepped = EndsWhenStepped("dies")

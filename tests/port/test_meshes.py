@@ -31,6 +31,9 @@ OURS = (
     "L3/dion/dion/4-S0-to-2x2-S0S1",
 )
 
+BUCKET = ("blocks_0_weight", "blocks_1_weight", "blocks_2_weight")
+"""The first one of `L4/muon/dion/4-S0`."""
+
 
 def run(path: str, *only: str, **options: Any) -> dict[str, Verdict]:
     adapter = find(path)
@@ -106,7 +109,17 @@ def test_a_hang_of_our_own_step_names_the_parameters() -> None:
     culprit, _, waiting = found["L4/muon/dion/4-S0"].message.partition("; the others waited for it: ")
     assert culprit.startswith("rank 2 hung for 12 s in tests.port.ports.before")
     assert waiting.count("in the collective ") == 3
-    assert waiting.count("_problems of blocks_0_weight and 8 more") == 3
+    every = "blocks_0_weight, blocks_1_weight, blocks_2_weight, blocks_3_weight and 5 more"
+    assert waiting.count(f"of dion_dtensor.gradients._problems, parameters {every}") == 3
+
+
+def test_a_hang_in_the_step_of_our_bucket_names_its_parameters_on_every_rank() -> None:
+    found = run("tests.port.ports:hangs_in_our_bucket", "L4/muon/*/4-S0", timeout=12.0)
+    culprit, _, waiting = found["L4/muon/dion/4-S0"].message.partition("; the others waited for it: ")
+    bucket = f"bucket of {', '.join(BUCKET)}"
+    assert culprit == f"rank 2 hung for 12 s in tests.port.ports.<lambda>, {bucket}"
+    one = f"in the collective '_c10d_functional.wait_tensor' of dion_dtensor.alltoall.finish, {bucket}"
+    assert waiting == "; ".join(f"rank {rank} hung for 12 s {one}" for rank in (0, 1, 3))
 
 
 @pytest.mark.parametrize(
