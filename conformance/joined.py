@@ -103,7 +103,12 @@ def run_joined(
         send("result", results)
         return results
 
-    results = _lead(work, inbox, channel, count, on_event) if index == 0 else work()
+    try:
+        results = _lead(work, inbox, channel, count, on_event) if index == 0 else work()
+    except BaseException:
+        if index == 0:
+            atexit.register(_leave, channel)
+        raise
     dist.destroy_process_group()
     return results
 
@@ -144,7 +149,6 @@ def _lead(
                 ended.append(rank)
         if deadline is None and (errors or ended or told.is_set()):
             deadline = time.monotonic() + (HEAR_SECONDS if ended else GRACE_SECONDS)
-    atexit.register(_leave, channel)
     if errors:
         raise likely_cause(errors)
     if ended:

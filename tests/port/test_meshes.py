@@ -110,7 +110,7 @@ def test_a_hang_of_our_own_step_names_the_parameters() -> None:
     assert culprit.startswith("rank 2 hung for 12 s in tests.port.ports.before")
     assert waiting.count("in the collective ") == 3
     every = "blocks_0_weight, blocks_1_weight, blocks_2_weight, blocks_3_weight and 5 more"
-    assert waiting.count(f"of dion_dtensor.gradients._problems, parameters {every}") == 3
+    assert waiting.count(f"of dion_dtensor.assembly.agreed_maximum, parameters {every}") == 3
 
 
 def test_a_hang_in_the_step_of_our_bucket_names_its_parameters_on_every_rank() -> None:
