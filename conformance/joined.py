@@ -123,8 +123,12 @@ def _lead(
     """Does rank 0's part in a thread, so that this one hears how the others fare also while a collective hangs."""
 
     def quietly() -> None:
-        with suppress(RankFailedError):  # it came in as an error
+        try:
             work()
+        except RankFailedError:
+            pass  # it came in as an error
+        except BaseException as error:  # such as SystemExit, of which a thread would say nothing
+            inbox.put(("error", (one_line(error), traceback.format_exc())))
 
     told = threading.Event()  # the launcher ends the ranks that are left
     in_main = threading.current_thread() is threading.main_thread()
