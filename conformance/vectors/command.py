@@ -12,7 +12,8 @@ import typer
 from rich.console import Console
 
 from conformance.report.live import live_bar
-from conformance.vectors.loader import FOLDER, VectorSet, load
+from conformance.vectors.loader import FOLDER, VectorSet, load, read_index
+from conformance.vectors.published import PUBLISHED, check_set
 from conformance.vectors.tensors import VectorError
 
 app = typer.Typer(
@@ -48,13 +49,14 @@ def make(
 ) -> None:
     """Write the set anew from the oracle: the same bytes on every machine.
 
-    A case of an older version that would change or vanish is refused; then nothing is written.
+    A published case that would change or vanish is refused; then nothing is written. New cases of the shipped set are
+    appended to published.txt; a set elsewhere is a trial.
     """
     from conformance.vectors.make import make as make_set
     from conformance.vectors.plans import plans
 
     with _errors(), _progress(len(list(plans()))) as progress:
-        hashes = make_set(folder, progress=progress)
+        hashes = make_set(folder, progress=progress, published=PUBLISHED, extend=_is_shipped(folder))
     for name, digest in sorted(hashes.items()):
         typer.echo(f"{digest}  {name}")
 
@@ -67,7 +69,7 @@ def check(
     ] = True,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the result to this file.")] = None,
 ) -> None:
-    """Check every file against the index, and make the set again to compare it byte by byte.
+    """Check every file and case against the index and published.txt, and make the set again to compare it byte by byte.
 
     Exit status 0: all as it should be; 1: other bytes; 2: a file that cannot be read or trusted.
     """
@@ -76,6 +78,7 @@ def check(
     with _errors():
         check_targets([json_file] if json_file is not None else [])
         found = load(folder)
+        check_set(found.version, read_index(folder)["published"], shipped=_is_shipped(folder))
     different = _different(folder) if remake else []
     for name in different:
         typer.echo(f"{name}: other bytes than the oracle gives")
@@ -91,6 +94,10 @@ def check(
         json_file.write_text(json.dumps(summary, indent=1) + "\n")
     if different:
         raise typer.Exit(1)
+
+
+def _is_shipped(folder: Path) -> bool:
+    return folder.resolve() == FOLDER.resolve()
 
 
 def _different(folder: Path) -> list[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from conformance.vectors.checks import SCHEMA, check_numbers, checked_cases, checked_index
+from conformance.vectors.published import digest
 from conformance.vectors.tensors import VectorError, from_bytes
 
 __all__ = ["FOLDER", "SCHEMA", "STORAGE", "Case", "VectorSet", "load", "read_index"]
@@ -112,7 +113,7 @@ class VectorSet:
 
 
 def load(folder: Path | str = FOLDER) -> VectorSet:
-    """Reads a set of vectors and checks every file against the index.
+    """Reads a set of vectors and checks every file and every case against the index.
 
     Args:
         folder: where index.json lies; the shipped set by default.
@@ -123,9 +124,9 @@ def load(folder: Path | str = FOLDER) -> VectorSet:
     folder = Path(folder)
     index = read_index(folder)
     content: dict[str, bytes] = {}
-    for name, digest in index["files"].items():
+    for name, listed in index["files"].items():
         content[name] = _read(folder / name)
-        if hashlib.sha256(content[name]).hexdigest() != digest:
+        if hashlib.sha256(content[name]).hexdigest() != listed:
             raise VectorError(f"{folder / name} is not the file that index.json lists: its SHA-256 differs")
     cases: dict[str, Case] = {}
     for name in (name for name in index["files"] if name.endswith(".json")):
@@ -133,12 +134,15 @@ def load(folder: Path | str = FOLDER) -> VectorSet:
         arrays = from_bytes(content[numbers], str(folder / numbers))
         for entry in checked_cases(_json(content[name], folder / name), folder / name):
             check_numbers(entry, arrays, folder / name)
+            _check_digest(entry, arrays, index["published"], folder / name)
             case = _case(entry, arrays)
             if case.id in cases:
                 raise VectorError(f"{folder / name} has {case.id}, which another file has already")
             cases[case.id] = case
     if not cases:
         raise VectorError(f"{folder} has no cases: it is an empty set")
+    if missing := index["published"].keys() - cases.keys():
+        raise VectorError(f"{folder / 'index.json'} lists {min(missing)}, which no file has")
     return VectorSet(index["version"], cases, index["flags"], index["derivation"], folder)
 
 
@@ -168,6 +172,15 @@ def _json(content: bytes, path: Path) -> Any:
 
 def _no_constant(name: str) -> None:
     raise ValueError(f"it has {name}")
+
+
+def _check_digest(
+    entry: Mapping[str, Any], arrays: Mapping[str, Array], published: Mapping[str, Any], path: Path
+) -> None:
+    """A case is the one that the index lists."""
+    listed = published.get(entry["id"])
+    if listed is None or listed != {"since": entry["since"], "sha256": digest(entry, arrays)}:
+        raise VectorError(f"{path}: case {entry['id']} is not the one that index.json lists as published")
 
 
 def _case(entry: Mapping[str, Any], arrays: Mapping[str, Array]) -> Case:

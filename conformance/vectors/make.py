@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +18,13 @@ from conformance.vectors import oracle
 from conformance.vectors.arithmetic import FixedOrder
 from conformance.vectors.loader import SCHEMA, read_index
 from conformance.vectors.plans import DIALECTS, FLAGS, VERSION, Plan, plans
+from conformance.vectors.published import (
+    check_kept,
+    check_unchanged,
+    digest,
+    extend_published,
+    read_published,
+)
 from conformance.vectors.tensors import VectorError, to_bytes
 from conformance.vectors.tolerance import DERIVATION, tolerances
 
@@ -78,7 +84,7 @@ def make_case(plan: Plan, arrays: Arrays) -> dict[str, Any]:
         "comment": plan.comment,
         "flags": list(plan.flags),
         "since": plan.since,
-        "deprecated": None,
+        "deprecated": plan.deprecated,
         "requires": _requires(plan, drawn),
         "shape": list(plan.shape),
         "split": oracle.split_as_data(plan.split),
@@ -154,7 +160,12 @@ def _reversed_ties(plan: Plan, drawn: Mapping[str, Tensor]) -> Tensor:
 
 
 def make(
-    folder: Path, chosen: Iterable[Plan] | None = None, progress: Callable[[str], None] = lambda _: None
+    folder: Path,
+    chosen: Iterable[Plan] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
+    *,
+    published: Path | None = None,
+    extend: bool = False,
 ) -> dict[str, str]:
     """Writes the set to `folder`, whole or not at all; returns the SHA-256 of each file.
 
@@ -162,14 +173,21 @@ def make(
         folder: replaced if it holds a set and nothing else; refused if it holds anything else.
         chosen: the plans; all of them by default.
         progress: called with each id.
+        published: the list of published cases to hold the set to; by default the older set in `folder` alone.
+        extend: append the new cases to that list.
 
     Raises:
-        VectorError: a case of an older, published version would change or vanish, or `folder` holds something else.
+        VectorError: a published case would change or vanish, or `folder` holds something else.
     """
-    folder = folder.resolve()
-    _published_in(folder)
-    contents = contents_of(list(plans() if chosen is None else chosen), progress)
-    _check_published(_published_in(folder), json.loads(contents["index.json"])["published"])
+    folder, planned = folder.resolve(), list(plans() if chosen is None else chosen)
+    listed = read_published(published) if published is not None else {}
+    check_kept({**_older_in(folder), **listed}, [plan.id for plan in planned])
+    for plan in planned:
+        if extend and plan.id not in listed and plan.since != VERSION:
+            raise VectorError(f"{plan.id} is new: it appears in {VERSION}, not in {plan.since}")
+    contents = contents_of(planned, progress)
+    now = json.loads(contents["index.json"])["published"]
+    check_unchanged({**_older_in(folder), **listed}, now)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     old = temporary.with_name(f"{temporary.name}-old")
@@ -187,11 +205,13 @@ def make(
         raise
     if old.exists():
         shutil.rmtree(old)
+    if published is not None and extend:
+        extend_published(published, now)
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
 
 
-def _published_in(folder: Path) -> dict[str, Any]:
-    """What the set in `folder` has published; nothing where there is no set yet.
+def _older_in(folder: Path) -> dict[str, Any]:
+    """What the set in `folder` has published in older versions; nothing where there is no set yet.
 
     Raises:
         VectorError: `folder` is no folder, or holds something else than a set.
@@ -216,8 +236,7 @@ def _published_in(folder: Path) -> dict[str, Any]:
         raise VectorError(
             f"{folder} holds {sorted(foreign)[0]}, which is no part of its set; choose an empty folder"
         )
-    published: dict[str, Any] = index["published"]
-    return published
+    return {case: entry for case, entry in index["published"].items() if entry["since"] != VERSION}
 
 
 def contents_of(chosen: list[Plan], progress: Callable[[str], None] = lambda _: None) -> dict[str, bytes]:
@@ -232,7 +251,7 @@ def contents_of(chosen: list[Plan], progress: Callable[[str], None] = lambda _: 
         for plan in (plan for plan in chosen if plan.algorithm == algorithm):
             progress(plan.id)
             cases.append(make_case(plan, arrays))
-            digests[plan.id] = {"since": plan.since, "sha256": _digest(cases[-1], arrays.by_name)}
+            digests[plan.id] = {"since": plan.since, "sha256": digest(cases[-1], arrays.by_name)}
         lines = ",\n".join(json.dumps(case, allow_nan=False) for case in cases)
         contents[f"{algorithm}.json"] = f'{{"schema": {SCHEMA}, "cases": [\n{lines}\n]}}\n'.encode()
         contents[f"{algorithm}.safetensors"] = to_bytes(arrays.by_name)
@@ -247,30 +266,3 @@ def contents_of(chosen: list[Plan], progress: Callable[[str], None] = lambda _: 
     }
     contents["index.json"] = (json.dumps(index, indent=1, allow_nan=False) + "\n").encode()
     return contents
-
-
-def _digest(case: Mapping[str, Any], arrays: Mapping[str, Any]) -> str:
-    """SHA-256 of all that a case says and of its numbers, wherever these are kept; deprecation is no change."""
-    said = {name: value for name, value in case.items() if name != "deprecated"}
-    total = hashlib.sha256()
-    for part in ("inputs", "expected"):
-        said[part] = sorted(case[part])
-        for name in sorted(case[part]):
-            total.update(np.ascontiguousarray(arrays[case[part][name]]).tobytes())
-    said["acceptable"] = [other["note"] for other in case["acceptable"]]
-    for other in case["acceptable"]:
-        total.update(np.ascontiguousarray(arrays[other["update"]]).tobytes())
-    total.update(json.dumps(said, sort_keys=True).encode())
-    return total.hexdigest()
-
-
-def _check_published(old: Mapping[str, Any], new: Mapping[str, Any]) -> None:
-    """A case that an older version of the set has is there, unchanged."""
-    for case, entry in old.items():
-        if entry["since"] == VERSION:
-            continue
-        now = new.get(case)
-        if now is None:
-            raise VectorError(f"{case} was published in {entry['since']}; deprecate it, don't delete it")
-        if now["sha256"] != entry["sha256"]:
-            raise VectorError(f"{case} was published in {entry['since']}; add a case with a new id instead")

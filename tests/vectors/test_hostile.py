@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -148,6 +149,13 @@ STRUCTURES: dict[str, tuple[Damage, str]] = {
     "case with a list as hyper": (in_case("hyper", []), "'hyper' of the wrong kind"),
     "case with inputs that are not there": (in_case("inputs", {"weight": "x", "grads": "x"}), "no array 'x'"),
     "case without tolerance of a quantity": (in_tolerance(...), "no float32 tolerance of update"),
+    "case that was edited": (in_case("comment", "another"), "not the one that index.json lists as published"),
+    "case of another version": (in_case("since", "2026.1.1"), "not the one that index.json lists"),
+    "case that is not listed": (in_index("published", {}), "not the one that index.json lists"),
+    "listed case that is not there": (
+        lambda f: _edit(f, "index.json", lambda data: _set(data["published"], "L1/x", {"since": "", "sha256": ""})),
+        r"index\.json lists L1/x, which no file has",
+    ),
     "NaN": (in_tolerance(float("nan")), "is no JSON: it has NaN"),
     **{f"tolerance of {v}": (in_tolerance(v), "'tolerance' of the wrong kind") for v in (0, -1.0, True, "1", [])},
 }  # fmt: skip
@@ -164,6 +172,7 @@ def test_files_of_another_structure(name: str, small: Path, tmp_path: Path) -> N
         load(folder)
     result = CliRunner().invoke(app, ["vectors", "check", "--no-remake", str(folder)])
     assert result.exit_code == 2
+    assert re.search(message, result.stderr)
     assert "Traceback" not in result.output
 
 
