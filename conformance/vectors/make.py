@@ -177,7 +177,7 @@ def make(
         extend: append the new cases to that list.
 
     Raises:
-        VectorError: a published case would change or vanish, or `folder` holds something else.
+        VectorError: a published case would change or vanish, or `folder` holds something else or cannot be written.
     """
     folder, planned = folder.resolve(), list(plans() if chosen is None else chosen)
     listed = read_published(published) if published is not None else {}
@@ -185,6 +185,7 @@ def make(
     for plan in planned:
         if extend and plan.id not in listed and plan.since != VERSION:
             raise VectorError(f"{plan.id} is new: it appears in {VERSION}, not in {plan.since}")
+    _check_writable(folder.parent)
     contents = contents_of(planned, progress)
     now = json.loads(contents["index.json"])["published"]
     check_unchanged({**_older_in(folder), **listed}, now)
@@ -208,6 +209,22 @@ def make(
     if published is not None and extend:
         extend_published(published, now)
     return {name: hashlib.sha256(content).hexdigest() for name, content in contents.items()}
+
+
+def _check_writable(parent: Path) -> None:
+    """A folder can be made in `parent`, or in the nearest folder above it that there is.
+
+    Raises:
+        VectorError: it can't.
+    """
+    while not parent.exists() and parent != parent.parent:
+        parent = parent.parent
+    if not parent.is_dir():
+        raise VectorError(f"{parent} is no folder; choose another place")
+    try:
+        tempfile.TemporaryDirectory(prefix=".vectors-", dir=parent).cleanup()
+    except OSError as error:
+        raise VectorError(f"{parent} cannot be written ({error.strerror}); choose another place") from error
 
 
 def _older_in(folder: Path) -> dict[str, Any]:

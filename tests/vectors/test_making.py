@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -189,6 +190,32 @@ def test_a_folder_of_something_else_is_refused_before_anything_is_computed(
     assert done.exit_code == 2, done.output
     assert "choose an empty folder" in done.stderr
     assert contents(tmp_path) == before
+
+
+PARENTS: dict[str, Callable[[Path], object]] = {
+    "a file": lambda parent: parent.write_text("x"),
+    "read-only": lambda parent: parent.mkdir(mode=0o555),
+}
+
+
+@pytest.mark.parametrize("below", ["set", "more/set"])
+@pytest.mark.parametrize("kind", PARENTS)
+def test_a_place_that_cannot_be_written_is_refused_before_anything_is_computed(
+    kind: str, below: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    PARENTS[kind](tmp_path / "parent")
+    if kind == "read-only" and os.access(tmp_path / "parent", os.W_OK):  # as for root
+        monkeypatch.setattr("tempfile.TemporaryDirectory", _refused)
+    monkeypatch.setattr("conformance.vectors.make.contents_of", lambda *_: pytest.fail("computed"))
+    done = CliRunner().invoke(app, ["vectors", "make", str(tmp_path / "parent" / below)])
+    assert done.exit_code == 2, done.output
+    assert done.stderr.strip().startswith(f"error: {tmp_path / 'parent'} ")
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["parent"]
+
+
+def _refused(**_: object) -> None:
+    raise PermissionError(13, "Permission denied")
 
 
 def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
