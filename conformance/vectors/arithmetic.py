@@ -7,6 +7,7 @@ order; any operation that is neither known to be exact nor replaced is refused, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,10 @@ EXACT = frozenset(  # a word an operation
     """.split()  # noqa: SIM905
 )
 """Operations without rounding, or with one correctly rounded operation an element."""
+
+
+LARGE = 2.0**50
+"""Matrices with larger elements are scaled before they are factored."""
 
 
 def total(terms: Tensor, dim: int) -> Tensor:
@@ -91,8 +96,18 @@ def _hypot(x: Tensor, y: Tensor) -> Tensor:
     return (x * x + y * y).sqrt()
 
 
+def _size(A: Tensor) -> float:
+    """A power of two near the largest element where squares might overflow; dividing by it rounds nothing."""
+    peak = float(A.abs().amax()) if A.numel() else 0.0
+    return 2.0 ** math.frexp(peak)[1] if LARGE < peak < math.inf else 1.0
+
+
 def _qr(A: Tensor, mode: str = "reduced") -> tuple[Tensor, Tensor]:
     """Gram-Schmidt, each column projected three times: as orthonormal as Householder, unless it is dependent."""
+    size = _size(A)
+    if size > 1:
+        Q, R = _qr(A / size)
+        return Q, R * size
     m, r = A.shape
     Q, R = A.new_zeros(m, r), A.new_zeros(r, r)
     for j in range(r):
@@ -128,6 +143,10 @@ def _svd(
     if A.shape[0] < A.shape[1]:
         U, S, Vh = _svd(A.mT)
         return Vh.mT, S, U.mT
+    size = _size(A)
+    if size > 1:
+        U, S, Vh = _svd(A / size)
+        return U, S * size, Vh
     n = A.shape[1]
     B, V = A.clone(), torch.eye(n, dtype=A.dtype)
     for _ in range(12):

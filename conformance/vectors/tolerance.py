@@ -39,9 +39,11 @@ DERIVATION = (
 
 
 def relative(value: Tensor, reference: Tensor) -> float:
-    """``||value - reference|| / ||reference||``; 0 where both are zero, inf where only the reference is."""
+    """``||value - reference|| / ||reference||``; 0 where both are zero, inf where only the reference is or at a NaN."""
     size = float(torch.linalg.vector_norm(reference))
     difference = float(torch.linalg.vector_norm(value - reference))
+    if math.isnan(difference):  # no comparison is true of a NaN: it would count as no error at all
+        return math.inf
     if size == 0.0:
         return 0.0 if difference == 0.0 else math.inf
     return difference / size

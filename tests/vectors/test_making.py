@@ -121,6 +121,26 @@ def test_tolerances_hold_the_rerun_and_would_not_hold_twice_the_factor() -> None
         assert error < allowed < 40 * error
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_huge_matrices_are_factored_in_the_fixed_order_as_small_ones(dtype: torch.dtype) -> None:
+    A = oracle.draw(EVERY["L0/orthonormalize/exact/13x10"])["matrix"].to(dtype)
+    with FixedOrder():
+        small, large = torch.linalg.qr(A), torch.linalg.qr(A * 2.0**66)
+        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+        other = torch.linalg.svd(A * 2.0**66, full_matrices=False)
+    assert torch.equal(small[0], large[0])
+    assert torch.equal(small[1] * 2.0**66, large[1])
+    assert torch.equal(S * 2.0**66, other[1])
+    assert torch.equal(U, other[0])
+    assert torch.equal(Vh, other[2])
+
+
+def test_a_nan_is_an_error_and_makes_a_tolerance_useless() -> None:
+    worst = {"update": 0.0}
+    tolerance._keep_worst(worst, {"update": torch.full((1, 2), torch.nan)}, {"update": torch.ones(1, 2)})
+    assert worst == {"update": float("inf")}
+
+
 def test_tolerances_are_rounded_up_and_useless_ones_are_null() -> None:
     assert tolerance._rounded(1.01e-5) == 1.1e-5
     assert tolerance._rounded(0.51) is None
