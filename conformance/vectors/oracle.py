@@ -16,7 +16,7 @@ from dion_ref import ALGORITHMS, FLOAT64, POLYNOMIALS, Precision
 from dion_ref.update import orthonormalize, scale_factor
 
 Tensors = dict[str, Tensor]
-SIZE = {"tiny": 2.0**-40, "huge": 2.0**40}
+SIZE = {"tiny": 2.0**-40, "huge": 2.0**40, "overflow": 2.0**66}
 
 
 @dataclass(frozen=True)

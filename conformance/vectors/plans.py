@@ -17,7 +17,8 @@ FLAGS: Mapping[str, str] = {
     "warm-state": "A step from a given state, so that momentum and gradient weigh differently.",
     "zero-gradient": "Nothing to orthonormalize: no NaN, no identity columns; decay applies.",
     "tiny": "Gradients of size 1e-12: shows where epsilon stands and how large it is.",
-    "huge": "Gradients of size 1e12: squares must not overflow.",
+    "huge": "Gradients of size 1e12: the update must not grow with them, and float16 can't hold them.",
+    "overflow": "Gradients of size 1e20: their squares overflow in float32, and norms must not.",
     "rank-deficient": "Fewer independent directions than the rule asks for: rounding must not become an update.",
     "nearly-dependent": "Directions of relative size 1e-9: float64 tells them from rounding, float32 cannot.",
     "tied-norms": "Slices of equal norm: the lowest index wins.",
@@ -42,7 +43,8 @@ class Plan:
 
     Attributes:
         name: last part of the id.
-        gradient: "normal", "zero", "tiny", "huge", "low-rank", "nearly-low-rank" (float64 only), "tied" or "nan".
+        gradient: "normal", "zero", "tiny", "huge", "overflow", "low-rank", "nearly-low-rank" (float64 only), "tied" or
+            "nan".
         warm: start from a given state that is not zero.
         schedule: by hyperparameter, its value at each step.
         deprecated: why the case should not be used any more; all that may change once it is published.
@@ -161,6 +163,10 @@ def _orthonormalizer(polynomial: str) -> Iterator[Plan]:
             "L0", "orthonormalize", polynomial, f"{_x(ODD)}-{name}", ODD, hyper, f"a {name} matrix",
             ("polynomial", name), gradient=gradient,
         )  # fmt: skip
+    yield Plan(
+        "L0", "orthonormalize", polynomial, f"{_x(ODD)}-overflow", ODD, hyper, "a matrix whose squares overflow",
+        ("polynomial", "overflow"), gradient="overflow", since="2026.11.2",
+    )  # fmt: skip
     if polynomial != "exact":
         yield Plan(
             "L0", "orthonormalize", polynomial, f"{_x(ODD)}-tiny-clamp", ODD,
@@ -202,6 +208,9 @@ def _special(algorithm: str, dialect: str) -> Iterator[Plan]:
                warm=True)  # fmt: skip
     yield made("tiny", "a gradient of size 1e-12", "tiny", "weight-decay", shape=TALL, gradient="tiny")
     yield made("huge", "a gradient of size 1e12", "huge", "weight-decay", shape=TALL, gradient="huge")
+    if algorithm != "adamw":  # it is defined by squares, which overflow in float32 whatever the port does
+        yield made("overflow", "a gradient of size 1e20", "overflow", "weight-decay", shape=TALL,
+                   gradient="overflow", since="2026.11.2")  # fmt: skip
     if algorithm not in ("adamw", "lion"):
         yield made("rank-deficient", "a gradient of rank 2", "rank-deficient", gradient="low-rank")
         yield made(

@@ -68,6 +68,8 @@ def test_every_algorithm_and_preset_has_the_shapes_and_the_special_values(vector
                 "no-decay",
             }
             needed |= {"cautious", "fresh-state", "warm-state"}
+            if algorithm != "adamw":
+                needed |= {"overflow"}
             if algorithm not in ("adamw", "lion"):
                 needed |= {"rank-deficient", "momentum-warmup", "fused", "heads", "experts", "convolution"}
             assert flags >= needed, (algorithm, dialect, needed - flags)
@@ -95,6 +97,18 @@ def test_inputs_are_exact_in_float32(vectors: VectorSet) -> None:
             np.testing.assert_array_equal(
                 value.astype(np.float32).astype(np.float64), value, err_msg=f"{case.id} {name}"
             )
+
+
+def test_squares_overflow_where_the_flag_says_so(vectors: VectorSet) -> None:
+    cases = [case for case in vectors if "overflow" in case.flags]
+    assert len(cases) == 6 + 17
+    limit = float(np.finfo(np.float32).max)
+    for case in cases:
+        (given,) = (case.inputs[name] for name in ("matrix", "grads") if name in case.inputs)
+        assert np.square(given).max() > limit, case.id
+        assert np.abs(given).sum() < limit / 2**20, case.id
+        assert all(np.isfinite(value).all() for value in case.expected.values()), case.id
+        assert case.tolerance["float32"]["update"] < 1e-4, case.id
 
 
 def test_the_safetensors_library_reads_the_same(vectors: VectorSet) -> None:
