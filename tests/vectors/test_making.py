@@ -34,7 +34,7 @@ SAMPLE = (
         "L1/muon/dion/3x6x8-experts",
         "L2/lion/dion/13x10-10",
     ),
-    *("L1/adamw/dion/13x10-cautious", "L1/muon/torch/8x8-nan"),
+    *("L1/dion/dion/24x8-overflow", "L1/adamw/dion/13x10-cautious", "L1/muon/torch/8x8-nan"),
 )
 OTHER_KERNELS = {"MKL_CBWR": "COMPATIBLE", "ATEN_CPU_CAPABILITY": "default", "OMP_NUM_THREADS": "2"}
 """Another order of sums in BLAS and LAPACK, no vector instructions in torch: another machine, as far as bits go."""
