@@ -80,6 +80,18 @@ class RaisesOnRanks(GatheringAdapter):
         return _Raising(params, spec)
 
 
+class IdleOnRanks(GatheringAdapter):
+    """Its optimizer does nothing."""
+
+    def build(self, params: Any, spec: Spec) -> Any:
+        return _Idle(params, spec)
+
+
+class _Idle(Gathering):
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        pass
+
+
 class HangsOnRanks(GatheringAdapter):
     """One rank of four does not come to the collective."""
 
@@ -209,6 +221,7 @@ wrong_dtype = Broken("wrong dtype")
 wrong_name = Broken("wrong name")
 no_array = Broken("no array")
 raises_on_ranks = RaisesOnRanks()
+idle_on_ranks = IdleOnRanks()
 hangs_on_ranks = HangsOnRanks()
 hangs_on_rank_zero = HangsOnRankZero()
 dies_on_ranks = DiesOnRanks()

@@ -11,7 +11,7 @@ import pytest
 
 from conformance.adapters import find
 from conformance.launch import RankFailedError
-from conformance.port.grading import ERROR, PASS, SKIP, UNCLAIMED, Verdict
+from conformance.port.grading import ERROR, FAIL, PASS, SKIP, UNCLAIMED, Verdict
 from conformance.port.mesh_cases import LAYOUTS, RESHARDINGS, claimed_hypers, mesh_cases
 from conformance.port.mesh_program import Hung, Started
 from conformance.port.meshes import Log, run_meshes
@@ -84,6 +84,14 @@ def test_right_ports_pass_and_what_needs_more_ranks_is_skipped() -> None:
     selection = Selection(("L4",), ("float64",), ("L4/muon/*/2x2-P*",))
     left = run_meshes("no.such:adapter", plain, load(), selection, ranks=4)
     assert [(one.status, one.message) for one in left] == [(UNCLAIMED, "feature gradients:Partial")] * 2
+
+
+def test_a_port_that_does_nothing_fails_every_case() -> None:
+    found = run(
+        "tests.port.ports:idle_on_ranks", "*/1-S0", "L?/muon/*/2-S0*", "L4/dion3/*/4-S0", "L3/adamw/*/2x2-*"
+    )
+    assert len(found) > 8
+    assert {one.status for one in found.values()} == {FAIL}
 
 
 def test_a_rank_that_raises_is_named_and_the_run_goes_on() -> None:
