@@ -34,6 +34,10 @@ GAP = 2.0**-7
 """Norms of a selection are further apart than this: a port may rank them in bfloat16."""
 ATTEMPTS = 200
 NAN_NOTE = "The NaN stays visible in the weight: nothing was hidden, though nothing was said."
+OVERFLOW_NOTE = (
+    "The norm overflowed in this dtype, so nothing but the decay was done: "
+    "no bug of the rule, yet a step is lost in silence."
+)
 TIES_NOTE = "Another of the equal slices was chosen; without a rule for ties the choice depends on the sort."
 
 
@@ -71,6 +75,8 @@ def make_case(plan: Plan, arrays: Arrays) -> dict[str, Any]:
             tolerance = tolerances(plan, drawn, expected)
             if plan.gradient == "tied":
                 acceptable.append((TIES_NOTE, _reversed_ties(plan, drawn)))
+            if plan.gradient == "overflow" and plan.algorithm != "lion":
+                acceptable.append((OVERFLOW_NOTE, _decay_alone(plan, drawn)))
         else:
             acceptable.append((NAN_NOTE, torch.full((1, *plan.shape), torch.nan, dtype=torch.float64)))
     limit = tolerance["float32"].get("update", 0.0)
@@ -157,6 +163,14 @@ def _reversed_ties(plan: Plan, drawn: Mapping[str, Tensor]) -> Tensor:
     if "state/variance" in drawn:
         turned["state/variance"] = drawn["state/variance"].flip(-2)
     return oracle.run(plan, turned)["update"].flip(-2, -1)
+
+
+def _decay_alone(plan: Plan, drawn: Mapping[str, Tensor]) -> Tensor:
+    """The update of a port that divides by an infinite norm: nothing but the decay, and at L0 nothing at all."""
+    if plan.level == "L0":
+        return torch.zeros(1, *plan.shape, dtype=torch.float64)
+    decay: Tensor = -(plan.hyper.lr * plan.hyper.weight_decay) * drawn["weight"]
+    return decay.unsqueeze(0)
 
 
 def make(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,10 +11,7 @@ import pytest
 from conformance.adapters import find
 from conformance.port.grading import ACCEPTABLE, ERROR, FAIL, PASS, UNCLAIMED, UNDECIDED
 from conformance.port.runner import Run, Selection, run_vectors
-from conformance.port.selection import read_known
 from conformance.vectors import VectorSet, load
-
-KNOWN = Path(__file__).parents[2] / "conformance" / "adapters" / "known"
 
 LEVELS = ("L0", "L1", "L2")
 
@@ -175,7 +171,5 @@ def test_shipped_ports_pass(name: str, vectors: VectorSet) -> None:
 )
 def test_shipped_ports_pass_everything(name: str, vectors: VectorSet) -> None:
     adapter = find(name)
-    known = KNOWN / f"{name.rpartition('.')[2].partition('_muon')[0]}.xfail"  # as ci/ports finds it
-    xfail = read_known(known) if known.exists() else ()
-    found = run_vectors(adapter, adapter.capabilities(), vectors, Selection(LEVELS, xfail=xfail))
+    found = run_vectors(adapter, adapter.capabilities(), vectors, Selection(LEVELS))
     assert [one for one in found.verdicts if one.status in (FAIL, ERROR)] == []
