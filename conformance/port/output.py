@@ -77,7 +77,8 @@ def rows(run: Run) -> list[tuple[tuple[str, str, str, str], Counter[str], float]
             continue
         key = (one.algorithm, one.dialect, one.level, one.dtype)
         counted.setdefault(key, Counter())[one.status] += 1
-        used[key] = max(used.get(key, 0.0), one.used)
+        # What is acceptable lies outside of a tolerance that is not its own.
+        used[key] = max(used.get(key, 0.0), 0.0 if one.status == ACCEPTABLE else one.used)
     return [(key, counts, used[key]) for key, counts in counted.items()]
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from conformance.adapters import find
 from conformance.port.grading import ACCEPTABLE, ERROR, FAIL, PASS, UNCLAIMED, UNDECIDED
+from conformance.port.output import rows
 from conformance.port.runner import Run, Selection, run_vectors
 from conformance.vectors import VectorSet, load
 
@@ -146,6 +147,17 @@ def test_a_tie_broken_otherwise_is_acceptable_with_its_note(vectors: VectorSet) 
         )
     assert Counter(one.status for one in found.verdicts) == {ACCEPTABLE: 2, PASS: 2}
     assert "equal slices" in next(one.message for one in found.verdicts if one.status == ACCEPTABLE)
+
+
+def test_a_step_lost_to_overflow_is_acceptable_and_uses_no_tolerance(vectors: VectorSet) -> None:
+    """Torch's Muon divides by an infinite norm."""
+    adapter = find("conformance.adapters.torch_muon:adapter")
+    selection = Selection(LEVELS, ("bfloat16",), ("L1/muon/torch/24x8-overflow",))
+    found = run_vectors(adapter, adapter.capabilities(), vectors, selection)
+    assert [one.status for one in found.verdicts] == [ACCEPTABLE]
+    assert "overflowed" in found.verdicts[0].message
+    ((_, _, used),) = rows(found)
+    assert used == 0
 
 
 def test_a_finite_update_from_a_nan_fails(vectors: VectorSet) -> None:
