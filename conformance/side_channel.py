@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import PrefixStore, TCPStore
 
 POLL_SECONDS = 0.25
-LAST_WORDS = 20.0
+LAST_WORDS = 60.0
 """Seconds that a rank which is to end waits for rank 0 to write the report: with it the launcher ends all ranks."""
 ANSWER_SECONDS = 10.0
 _runs = 0

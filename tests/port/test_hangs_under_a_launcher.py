@@ -15,7 +15,7 @@ import pytest
 from safetensors import safe_open
 
 BEFORE, ITSELF, AFTER = (f"L4/muon/dion/{layout}" for layout in ("2-S0", "4-S0", "4-S1"))
-SECONDS = 10
+SECONDS = 15
 
 
 def launched(port: str, folder: Path, *cases: str) -> dict[str, dict[str, Any]]:
