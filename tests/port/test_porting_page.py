@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from conformance.vectors import load
+
 ROOT = Path(__file__).parent.parent.parent
 PAGE = (ROOT / "docs" / "porting.md").read_text()
 PLAIN = """
@@ -67,6 +69,13 @@ def test_a_plain_muon_with_a_wrong_scale_fails_and_is_told_why(tmp_path: Path) -
     )
     assert said.endswith("exit status 1")
     assert "matches torch-match-rms to" in said, said
+
+
+def test_the_verdicts_are_those_on_the_vectors_of_now() -> None:
+    table = (ROOT / "docs" / "ports.md").read_text()
+    vectors = load()
+    assert f"with vectors {vectors.version}, {len(vectors)} cases." in table
+    assert f"a verdict on {len(vectors)} cases" in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_every_option_on_the_page_exists() -> None:
