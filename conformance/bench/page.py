@@ -89,7 +89,7 @@ def sent_cells(rows: Sequence[Traffic]) -> list[tuple[str, ...]]:
     found: list[tuple[str, ...]] = []
     for row in rows:
         if row.failure:
-            found.append((str(row.case), row.name, "failed", "", row.failure[:60]))
+            found.append((str(row.case), row.name, "failed", "", row.failure.partition(" ranks: ")[2][:60]))
             continue
         ours = next((one for one in rows if one.case == row.case and one.name == OURS), None)
         ratio = (
