@@ -94,7 +94,7 @@ def run_joined(
         try:
             result = function(Rank(index, count, place, lambda event: send("event", event), linger), argument)
             dist.all_gather_object(results, result)
-        except Exception as error:
+        except Exception as error:  # whatever a port raises, rank 0 writes it down
             failure = one_line(error), traceback.format_exc()
             send("error", failure)
             if index:

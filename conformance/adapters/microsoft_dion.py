@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -11,15 +10,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from conformance.adapters import Capabilities, Spec
-from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter
+from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter, eagerly
 
-
-def _eager(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    """`torch.compile` without compiling: the cases have many small shapes."""
-    return (lambda later: later) if function is None else function
-
-
-with mock.patch("torch.compile", _eager):
+with mock.patch("torch.compile", eagerly):  # the cases have many small shapes
     import dion
 
 SCALES = {"spectral_norm": "spectral_norm", "moonlight": "rms_norm", None: None}

@@ -35,6 +35,11 @@ Build = Callable[[Named, Spec], torch.optim.Optimizer]
 Orthonormalize = Callable[[Tensor, Mapping[str, Any]], Tensor]
 
 
+def eagerly(function: Callable[..., Any] | None = None, **_: Any) -> Any:
+    """In place of `torch.compile`: compiles nothing."""
+    return (lambda later: later) if function is None else function
+
+
 class TorchOptimizerAdapter:
     """Drives an optimizer on plain tensors for L1 and L2, and hands `build` on for L3 and L4.
 

@@ -16,6 +16,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 from torch.profiler import ProfilerActivity, profile
 
 from conformance import launch
+from conformance.adapters.torch_optimizer import eagerly
 from conformance.bench.contenders import BUILDERS, DION, OURS, TORCH_MUON, Case, available
 from conformance.bench.worker import silence
 
@@ -67,16 +68,9 @@ def traffic(case: Case, ranks: int, told: Callable[[str], None] = lambda _: None
         if name not in (OURS, DION, TORCH_MUON):
             continue
         told(f"{case}: bytes of {name}")
-        seen: list[Any] = []
         try:
             with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):
-                launch.run(
-                    _program,
-                    (name, case),
-                    ranks=ranks,
-                    on_event=lambda _, event, seen=seen: seen.append(event),  # type: ignore[misc]
-                    timeout=TIMEOUT,
-                )
+                seen = launch.run(_program, (name, case), ranks=ranks, timeout=TIMEOUT)
         except launch.RankFailedError as error:
             yield Traffic(case, name, failure=f"{name} on {case}, {ranks} ranks: {error.reason}")
             continue
@@ -84,7 +78,7 @@ def traffic(case: Case, ranks: int, told: Callable[[str], None] = lambda _: None
         yield Traffic(case, name, sent, max(number for _, number in seen))
 
 
-def _program(rank: launch.Rank, work: tuple[str, Case]) -> None:
+def _program(rank: launch.Rank, work: tuple[str, Case]) -> tuple[float, int]:
     """Two steps so that everything exists, then one that is looked at; eagerly, which sends the same."""
     name, case = work
     mesh = init_device_mesh("cpu", (rank.count,), mesh_dim_names=("shard",))
@@ -94,7 +88,7 @@ def _program(rank: launch.Rank, work: tuple[str, Case]) -> None:
         return distribute_tensor(torch.randn(case.shape, generator=generator), mesh, [Shard(0)])
 
     silence()
-    with mock.patch("torch.compile", _eagerly):
+    with mock.patch("torch.compile", eagerly):
         parameters = [torch.nn.Parameter(sharded()) for _ in range(case.count)]
         for parameter in parameters:
             parameter.grad = sharded()
@@ -105,7 +99,7 @@ def _program(rank: launch.Rank, work: tuple[str, Case]) -> None:
             step()
     assert profiled.profiler is not None
     assert profiled.profiler.kineto_results is not None
-    rank.emit(sent(profiled.profiler.kineto_results.events(), rank.count))
+    return sent(profiled.profiler.kineto_results.events(), rank.count)
 
 
 def sent(events: Sequence[Any], ranks: int) -> tuple[float, int]:
@@ -125,7 +119,3 @@ def _size(event: Any) -> float:
     shapes = [shape for shape in event.shapes() if shape]
     shapes = shapes[:1] if event.name() == SCATTERED else shapes
     return float(sum(math.prod(shape) for shape in shapes) * ITEMSIZE[event.dtypes()[0]])
-
-
-def _eagerly(function: Callable[..., Any] | None = None, **_: Any) -> Any:
-    return (lambda later: later) if function is None else function

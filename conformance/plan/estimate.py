@@ -156,10 +156,13 @@ def estimates(
 
 def _elementwise(elements: int, sizes: Sequence[int], names: Sequence[str], gradients: bool) -> Cost:
     """AdamW in float32 reads four tensors and writes three."""
-    held: float = elements
-    for size, name in zip(sizes, names, strict=True):
-        held /= 1 if name == "dp" else size
+    held = _held(elements, sizes, names)
     return Cost(transfers=_averaging(held, sizes, names) if gradients else (), touched=7 * 4 * held)
+
+
+def _held(elements: int, sizes: Sequence[int], names: Sequence[str]) -> float:
+    """How many of them a rank holds."""
+    return elements / math.prod(size for size, name in zip(sizes, names, strict=True) if name != "dp")
 
 
 def _averaging(held: float, sizes: Sequence[int], names: Sequence[str]) -> tuple[Transfer, ...]:
@@ -197,8 +200,7 @@ def _weight(
     guess = predict(bucket, one.algorithm, way, one.share)
     before: tuple[Transfer, ...] = ()
     if gradients and one.averaged:
-        shards_ = [size for size, name in zip(sizes, names, strict=True) if name != "dp"]
-        before = _averaging(elements / math.prod(shards_), sizes, names)
+        before = _averaging(_held(elements, sizes, names), sizes, names)
     transfers = (*before, *cost.transfers)
     return Cost(cost.flops, transfers, cost.memory, guess.touched), replace(
         guess, transfers=(*before, *guess.transfers)

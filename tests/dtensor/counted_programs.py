@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 from torch.profiler import ProfilerActivity, profile
 
+from conformance.bench.traffic import ITEMSIZE, SENT
 from conformance.plan.counting import Recorder, launched
 from dion_dtensor import Dion2, Dion3, Muon, NorMuon
 from tests.dtensor.layouts import Layout, build_mesh, lay_out, placements
@@ -75,15 +75,6 @@ def seen_on_ranks(place: Layout) -> Seen | None:
             sent = sum(size * share for size, share in zip(sizes, shares, strict=True))
             seen.append((products, sorted(sizes), sent))
     return seen
-
-
-SENT: dict[str, Callable[[int], float]] = {
-    "gloo:all_gather": lambda ranks: ranks - 1,
-    "gloo:all_reduce": lambda ranks: 2 * (ranks - 1) / ranks,
-    "gloo:all_to_all": lambda ranks: (ranks - 1) / ranks,
-}
-"""Of what a collective of so many ranks is given, what a rank sends, by the ring's count."""
-ITEMSIZE = {"float": 4, "double": 8, "long int": 8, "unsigned char": 1}
 
 
 def sent_by_a_split(place: Layout, shape: tuple[int, int], split: str | None) -> dict[str, float] | None:

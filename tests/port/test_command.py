@@ -187,6 +187,14 @@ def test_a_file_that_hides_the_package_is_named(tmp_path: Path, monkeypatch: pyt
     assert f"{tmp_path / 'conformance.py'} hides the package 'conformance'" in done.stderr
 
 
+def run_pytest(*arguments: str, cwd: Path) -> str:
+    """What pytest in a process of its own prints."""
+    command = [sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=170)
+    return done.stdout + done.stderr
+
+
 def test_the_plugin_runs_the_same_selection_in_parallel(tmp_path: Path) -> None:
     (tmp_path / "xfail").write_text(
         "*7x1-warm*  # broken there\nL2/muon/*  # of another run\nL1/dion3/*  # likewise\n"
@@ -195,30 +203,10 @@ def test_the_plugin_runs_the_same_selection_in_parallel(tmp_path: Path) -> None:
     (tmp_path / "test_it.py").write_text("def test_conformance(conformance_case):\n    conformance_case()\n")
     arguments = ["--port", "tests.port.ports:nan", "--port-level", "L1", "--port-dtype", "float64"]
     arguments += ["--port-case", "L1/muon/dion/*-warm", "--port-skip", str(tmp_path / "skip")]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    arguments += ["-c", os.devnull, "--rootdir", str(tmp_path)]
 
     def pytest_run(*more: str) -> str:
-        command = [
-            sys.executable,
-            "-m",
-            "pytest",
-            "-rA",
-            "-p",
-            "no:cacheprovider",
-            "-c",
-            os.devnull,
-            "--rootdir",
-            str(tmp_path),
-        ]
-        done = subprocess.run(
-            [*command, *arguments, *more],
-            capture_output=True,
-            text=True,
-            cwd=ROOT,
-            env=environment,
-            timeout=170,
-        )
-        return done.stdout + done.stderr
+        return run_pytest(*arguments, *more, cwd=ROOT)
 
     said = pytest_run("-n", "2", "--port-xfail", str(tmp_path / "xfail"), str(tmp_path / "test_it.py"))
     assert re.search(r"\d+ passed, 1 skipped, 1 xfailed", said), said
@@ -230,21 +218,9 @@ def test_the_plugin_runs_the_same_selection_in_parallel(tmp_path: Path) -> None:
 
 
 def test_the_plugin_runs_the_convergence_gate(tmp_path: Path) -> None:
-    command = [
-        *(
-            sys.executable,
-            "-m",
-            "pytest",
-            "-rA",
-            "-p",
-            "no:cacheprovider",
-            "--pyargs",
-            "conformance.port.suite",
-        ),
-        *("--port", "tests.port.ports:half_steps", "--port-level", "L4-L5", "--port-case", "L5/muon/facts"),
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=170)
+    arguments = ["--pyargs", "conformance.port.suite", "--port", "tests.port.ports:half_steps"]
+    arguments += ["--port-level", "L4-L5", "--port-case", "L5/muon/facts"]
+    out = run_pytest(*arguments, cwd=tmp_path)
     alone = "conformance port tests.port.ports:half_steps --level L5 --case L5/muon/facts"
     for said in (
         "FAILED",
@@ -253,22 +229,18 @@ def test_the_plugin_runs_the_convergence_gate(tmp_path: Path) -> None:
         f"run it alone: {alone}",
         "1 failed",
     ):
-        assert said in done.stdout, done.stdout
+        assert said in out, out
 
 
 def test_the_plugin_runs_meshes_too(tmp_path: Path) -> None:
     (tmp_path / "xfail").write_text("L4/muon/dion/4-S0  # rank two raises there\n")
     (tmp_path / "test_it.py").write_text("def test_conformance(conformance_case):\n    conformance_case()\n")
-    command = [
-        *(sys.executable, "-m", "pytest", "-rA", "-p", "no:cacheprovider"),
-        *("--port", "tests.port.ports:raises_on_ranks"),
-        *("--port-level", "L3-L4", "--port-case", "L4/muon/dion/[248]-S0", "--port-xfail", str(tmp_path / "xfail")),
-    ]  # fmt: skip
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment, timeout=170)
-    assert "1 passed, 1 skipped, 1 xfailed" in done.stdout, done.stdout
-    assert "needs 8 ranks" in done.stdout
-    assert "PASSED test_it.py::test_conformance[L4/muon/dion/2-S0@float64]" in done.stdout
+    arguments = ["--port", "tests.port.ports:raises_on_ranks", "--port-level", "L3-L4"]
+    arguments += ["--port-case", "L4/muon/dion/[248]-S0", "--port-xfail", str(tmp_path / "xfail")]
+    out = run_pytest(*arguments, cwd=tmp_path)
+    assert "1 passed, 1 skipped, 1 xfailed" in out, out
+    assert "needs 8 ranks" in out
+    assert "PASSED test_it.py::test_conformance[L4/muon/dion/2-S0@float64]" in out
 
 
 @pytest.mark.parametrize(
