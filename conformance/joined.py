@@ -23,7 +23,15 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from conformance.ranks import GRACE_SECONDS, Rank, RankFailedError, device_of, likely_cause, one_line
+from conformance.ranks import (
+    BACKENDS,
+    GRACE_SECONDS,
+    Rank,
+    RankFailedError,
+    device_of,
+    likely_cause,
+    one_line,
+)
 from conformance.side_channel import LAST_WORDS, POLL_SECONDS, SideChannel
 
 Argument = TypeVar("Argument")
@@ -64,13 +72,13 @@ def run_joined(
     device: str,
     on_event: Callable[[int, object], None] | None,
     timeout: float,
+    backend: str | None = None,
 ) -> list[Result]:
     """Runs as one of the ranks that another launcher started; that launcher ends the others on failure."""
     os.environ.update(environment)
     index, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
-    place = device_of(device, int(environment.get("LOCAL_RANK", index)))
-    backend = "nccl" if place.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    place = device_of(device, int(environment.get("LOCAL_RANK", index)), backend)
+    dist.init_process_group(backend or BACKENDS[place.type], timeout=timedelta(seconds=timeout))
     channel = SideChannel(index, count)
     inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 

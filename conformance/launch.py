@@ -27,6 +27,7 @@ from torch._C._distributed_c10d import TCPStore
 
 from conformance.joined import joined_environment, run_joined
 from conformance.ranks import (
+    BACKENDS,
     GRACE_SECONDS,
     Rank,
     RankFailedError,
@@ -78,6 +79,7 @@ def run(
     process_group: bool = True,
     timeout: float = 120.0,
     preload: Sequence[str] = (),
+    backend: str | None = None,
 ) -> list[Result]:
     """Calls `function(rank, argument)` on every rank and returns the results in the order of the ranks.
 
@@ -90,13 +92,14 @@ def run(
         process_group: set up the default process group. Without it, ranks are always local processes.
         timeout: seconds that a collective may take.
         preload: modules imported once, before the ranks are forked from that process.
+        backend: "gloo" on "cuda" lets ranks share GPUs; None for the device's own.
 
     Raises:
         RankFailedError: a rank raised or died; every other rank has been ended.
     """
     environment = joined_environment()
     if process_group and environment is not None:
-        return run_joined(function, argument, environment, device, on_event, timeout)
+        return run_joined(function, argument, environment, device, on_event, timeout, backend)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["conformance.launch", *preload])
@@ -107,7 +110,7 @@ def run(
         for index in range(ranks):
             ours, theirs = context.Pipe()
             lifeline_end, lifeline = context.Pipe(duplex=False)
-            call = (index, ranks, port, device, timeout, function, argument, theirs, lifeline_end)
+            call = (index, ranks, port, device, backend, timeout, function, argument, theirs, lifeline_end)
             process = context.Process(target=_local_rank, args=call, name=f"rank {index}", daemon=True)
             process.start()
             theirs.close()
@@ -213,6 +216,7 @@ def _local_rank(
     count: int,
     port: int,
     device: str,
+    backend: str | None,
     timeout: float,
     function: Callable[[Rank, Any], object],
     argument: object,
@@ -231,13 +235,13 @@ def _local_rank(
 
     try:
         torch.set_num_threads(1)
-        place = device_of(device, index)
+        place = device_of(device, index, backend)
         if port:
             if sys.platform.startswith("linux"):
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
             store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
             dist.init_process_group(
-                "nccl" if place.type == "cuda" else "gloo",
+                backend or BACKENDS[place.type],
                 store=store,
                 rank=index,
                 world_size=count,

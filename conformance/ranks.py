@@ -62,13 +62,29 @@ def one_line(error: BaseException, limit: int = 600) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-def device_of(kind: str, local_rank: int) -> torch.device:
-    """The device of a rank; raises ValueError when there is no such device."""
+BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
+"""The usual backend by device."""
+
+
+def device_of(kind: str, local_rank: int, backend: str | None = None) -> torch.device:
+    """The device of a rank.
+
+    Args:
+        kind: "cpu" or "cuda".
+        local_rank: on its machine.
+        backend: of its process group; ranks of gloo may share a GPU, those of NCCL (None) need one each.
+
+    Raises:
+        ValueError: there is no such device.
+    """
     if kind == "cpu":
         return torch.device("cpu")
     if kind != "cuda":
         raise ValueError(f"device must be cpu or cuda, not {kind!r}")
-    if not torch.cuda.is_available() or local_rank >= torch.cuda.device_count():
-        raise ValueError(f"no GPU for local rank {local_rank}: {torch.cuda.device_count()} visible")
-    torch.cuda.set_device(local_rank)
-    return torch.device("cuda", local_rank)
+    visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = local_rank % visible if visible and backend == "gloo" else local_rank
+    if index >= visible:
+        advice = "" if visible == 0 else "; ranks of --backend gloo can share one"
+        raise ValueError(f"no GPU for local rank {local_rank}: {visible} visible{advice}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dion_dtensor.assembly import averaged, scattered
+from dion_dtensor.captured import Memory, Recorder, recorder_on
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
 from dion_dtensor.paths import chosen_path, path_of
@@ -46,6 +47,7 @@ class Bucket:
         momentum_dtype: dtype of the state; None for that of the parameter, float32 for float16.
         compute_dtype: dtype of the orthonormalization.
         compile: whether the update runs under ``torch.compile(fullgraph=True)``.
+        recorder: takes the updates that a CUDA graph can; None to record none.
     """
 
     def __init__(
@@ -58,7 +60,9 @@ class Bucket:
         momentum_dtype: torch.dtype | None,
         compute_dtype: torch.dtype,
         compile: bool,
+        recorder: Recorder | None = None,
     ) -> None:
+        self.recorder = recorder
         self.rule, self.group, self.members = rule, group, list(members)
         self.compile, self.compute_dtype = compile, compute_dtype
         first = self.members[0]
@@ -183,14 +187,22 @@ class Bucket:
             return
         every = len(members) == len(self.members)
         stacks = self.stacks if every else {key: self._joined(key, members) for key in self.stacks}
-        scalars = self._filled_scalars(count)
-        plan = self._plan(members)
-        changes = update_of(plan)(self._join(members, grads), stacks, scalars, self._scale())
+        scalars, scale, plan = self._filled_scalars(count), self._scale(), self._plan(members)
+        parts = self._parts(members, grads)
+
+        def update(joined: Tensor) -> None:
+            changes = update_of(plan)(joined, stacks, scalars, scale)
+            self._apply(members, list(self._split(changes, members, None)), scalars["decay"])
+
+        if every and self.recorder is not None and self._capturable():
+            weights = tuple(member.local.data_ptr() for member in members)
+            self.recorder.take((plan, self.group["cautious"], scale.data_ptr(), weights), parts, update)
+            return
+        update(parts[0].contiguous() if len(parts) == 1 else torch.cat(parts))
         if not every:
             for key, stack in stacks.items():
                 for member, entries in zip(members, self._split(stack, members, key), strict=True):
                     self._own(member, key).copy_(entries)
-        self._apply(members, list(self._split(changes, members, None)), scalars["decay"])
 
     def _fused(self, members: Sequence[Member], grads: Sequence[Tensor], count: float | None) -> bool:
         """Take the whole step by the rule's own kernel, if it has one for these tensors."""
@@ -295,13 +307,19 @@ class Bucket:
         )
         return zeros.expand(form.count, *zeros.shape)
 
-    def _join(self, members: Sequence[Member], tensors: Sequence[Tensor]) -> Tensor:
-        """Local shards of the parameters' shapes to the local stack; a view if there is one only."""
+    def _capturable(self) -> bool:
+        """Whether the host waits for no values of the device: chosen rows that travel are counted by the host."""
+        rule, form, way = self.rule, self.members[0].form, self.way()
+        travels = rule.way == WAYS["exchange"] and way != "local"
+        return not rule.reads_values and not (
+            travels and (way != WAYS["assemble"] or (form and form.kind == "whole"))
+        )
+
+    def _parts(self, members: Sequence[Member], tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Local shards of the parameters' shapes as parts of the local stack."""
         if self.rule.elementwise:
-            parts = [tensor.reshape(-1) for tensor in tensors]
-        else:
-            parts = [member.fold(tensor) for member, tensor in zip(members, tensors, strict=True)]
-        return parts[0].contiguous() if len(parts) == 1 else torch.cat(parts)
+            return [tensor.reshape(-1) for tensor in tensors]
+        return [member.fold(tensor) for member, tensor in zip(members, tensors, strict=True)]
 
     def _joined(self, key: str, members: Sequence[Member]) -> Tensor:
         return torch.cat([self._entries[key][member] for member in members])
@@ -329,7 +347,11 @@ def _holds_tensor(value: Any) -> bool:
 
 
 def make_buckets(
-    rule: Rule, group: Mapping[str, Any], members: Sequence[Member], options: Mapping[str, Any]
+    rule: Rule,
+    group: Mapping[str, Any],
+    members: Sequence[Member],
+    options: Mapping[str, Any],
+    memory: dict[torch.device, Memory] | None = None,
 ) -> list[Bucket]:
     """Sort ``members`` into buckets, in the order of first appearance, which all ranks share.
 
@@ -338,6 +360,7 @@ def make_buckets(
         group: the param group.
         members: its parameters.
         options: ``seed``, ``momentum_dtype``, ``compute_dtype``, ``compile``, ``max_bucket_bytes`` of the optimizer.
+        memory: of CUDA graphs, by device; None to record none.
     """
     sorted_: dict[Hashable, list[Member]] = {}
     for member in members:
@@ -355,6 +378,7 @@ def make_buckets(
             momentum_dtype=options["momentum_dtype"],
             compute_dtype=_compute_dtype(some[0].layout, options["compute_dtype"]),
             compile=options["compile"],
+            recorder=recorder_on(some[0].layout.device, memory),
         )
         for same in sorted_.values()
         for some in _chunks(same, options["max_bucket_bytes"])

@@ -12,6 +12,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
 from dion_dtensor.buckets import Bucket, make_buckets
+from dion_dtensor.captured import Memory
 from dion_dtensor.checks import check_group, check_member, check_options
 from dion_dtensor.gradients import checked_gradients
 from dion_dtensor.layout import StorageLayout
@@ -37,6 +38,11 @@ class Common(TypedDict, total=False):
             float64 parameters are computed in float64 throughout.
         momentum_dtype: dtype of the state; None (default) for the parameter's, float32 for float16.
         compile: run each bucket's update under ``torch.compile(fullgraph=True)``; default True.
+        capture: on CUDA, launch each bucket's update as one CUDA graph, recorded at the third step; default False.  It
+            changes no result: gradients may move, hyperparameters may change, parameters may be without gradient as
+            ever.  It needs ``compile=True``.  Not recorded is what reads values of the device on the way: Dion, and
+            Dion2 and Dion3 where chosen rows travel.  Recorded graphs that hold collectives keep their process group
+            from being destroyed: call :meth:`OrthonormalOptimizer.release_graphs` before that.
         validate: before each step, let all ranks agree that every gradient is present, finite and laid out like its
             parameter; default True.
         replicate_mesh: a mesh (or process group) that the parameters do not know, over whose ranks they are
@@ -54,6 +60,7 @@ class Common(TypedDict, total=False):
     compute_dtype: torch.dtype | None
     momentum_dtype: torch.dtype | None
     compile: bool
+    capture: bool
     validate: bool
     replicate_mesh: DeviceMesh | ProcessGroup | None
     averaged: bool
@@ -106,7 +113,11 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         unknown = set(common) - set(Common.__annotations__)
         if unknown:
             raise TypeError(f"{type(self).__name__} takes no {sorted(unknown)}")
+        self.capture = common.get("capture", False)
+        if self.capture and not self._bucket_options["compile"]:
+            raise ValueError("capture=True needs compile=True: graphs are recorded of compiled updates alone")
         check_options(self._bucket_options, resync_every)
+        self._graph_memory: dict[torch.device, Memory] | None = {} if self.capture else None
         self.buckets: list[Bucket] = []
         decay = {key: common.get(key, default) for key, default in DECAY.items()}
         defaults = {"lr": lr, **decay}
@@ -153,7 +164,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             if not rule.elementwise:
                 member.form = form_of(member.layout, split)
             members.append(member)
-        new = make_buckets(rule, group, members, self._bucket_options)
+        new = make_buckets(rule, group, members, self._bucket_options, self._graph_memory)
         self.buckets.extend(new)
         for member in members:
             self.state[member.parameter] = dict(member.views)
@@ -188,8 +199,14 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         Raises:
             RuntimeError: on every rank of all meshes, before anything is written, when a gradient is missing on some
                 ranks only, is not finite, or does not lie as its parameter does (with ``validate=True``).  Also when a
-                group holds parameters that were not there when the optimizer was made.
+                group holds parameters that were not there when the optimizer was made, and within a CUDA graph that
+                the caller records.
         """
+        if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "this step would become part of a CUDA graph, which would repeat the hyperparameters and counts of "
+                "now; take it outside of the graph, and make the optimizer with capture=True: it records its own"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -210,6 +227,12 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         """Average a momentum that differs among ranks (see :class:`Dion`); all ranks must call it together."""
         for bucket in self.buckets:
             bucket.synchronize()
+
+    def release_graphs(self) -> None:
+        """Give up all recorded CUDA graphs; further steps record them anew."""
+        for bucket in self.buckets:
+            if bucket.recorder is not None:
+                bucket.recorder.forget()
 
     def state_dict(self) -> dict[str, Any]:
         """As ever; where a momentum differs among ranks it is averaged first, so all ranks must call it together."""
@@ -288,6 +311,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             "_steps",
             "_algorithm_options",
             "_bucket_options",
+            "capture",
         )
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
 
@@ -296,7 +320,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         if "_bucket_options" not in state:  # load_state_dict comes by as well
             return
         states = dict(self.state)
-        self.buckets = []
+        self.buckets, self._graph_memory = [], {} if self.capture else None
         for position, group in enumerate(self.param_groups):
             self._add_buckets(group, position)
         members = self._members()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,10 @@ def bench(
     ranks: Annotated[
         int, typer.Option(min=0, help="Also count what a step sends on so many gloo ranks; 0 for none.")
     ] = 0,
+    jobs: Annotated[
+        int,
+        typer.Option(min=1, help="First steps at a time, with every contender there at once; for GPUs."),
+    ] = 1,
     growth: Annotated[bool, typer.Option(help="Also measure how ours grows with N, m, n, r.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
@@ -59,7 +64,8 @@ def bench(
     from conformance.bench import page as pages
     from conformance.bench.contenders import Case
     from conformance.bench.growth import Line, lines
-    from conformance.bench.measure import Entry, measure
+    from conformance.bench.measure import Entry, measure_all
+    from conformance.bench.products import peak
     from conformance.bench.traffic import Traffic, traffic
     from conformance.port.output import json_bytes, write_whole
 
@@ -75,6 +81,11 @@ def bench(
     grown: list[Line] = []
     sent: list[Traffic] = []
     about = pages.machine(device, threads)
+    highest = peak(cases[0].dtype) if device == "cuda" else 0.0
+    if highest:
+        about[f"{compute_dtype} peak, one product of 8192"] = f"{highest / 1e12:.0f} TFLOP/s"
+    if jobs > 1:
+        about["first steps at a time"] = str(jobs)
 
     def save() -> None:
         """After every case, so that a run that is ended leaves what it has."""
@@ -99,9 +110,9 @@ def bench(
         def tell(said: str) -> None:
             progress.update(task, description=said[:70].ljust(70))
 
-        for case in cases:
-            entries += measure(case, rounds, told=tell)
-            progress.advance(task)
+        for batch in [cases] if jobs > 1 else [[case] for case in cases]:
+            entries += [replace(entry, peak=highest) for entry in measure_all(batch, rounds, jobs, told=tell)]
+            progress.advance(task, len(batch))
             save()
         for case in cases if ranks else ():
             if case.algorithm != "adamw":

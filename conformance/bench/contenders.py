@@ -19,7 +19,10 @@ __all__ = ["ALGORITHMS", "BARE", "OURS", "Case", "available", "stepper"]
 
 OURS = "dion_dtensor"
 UNCHECKED = "dion_dtensor(validate=False)"
+RECORDED = "dion_dtensor(capture)"
 DION = "microsoft/dion"
+DION_TRITON = "microsoft/dion(use_triton)"
+DION_RECORDED = "microsoft/dion(use_triton, CUDA graph)"
 TORCH_MUON = "torch.optim.Muon"
 TORCH_ADAMW = "torch.optim.AdamW(fused)"
 BARE = "bare products"
@@ -67,9 +70,11 @@ class Case:
 
 def available(case: Case) -> tuple[str, ...]:
     """The contenders that can run ``case`` here, ours first, the bare products last."""
-    names = [OURS]
+    names, graphs = [OURS], case.device == "cuda" and case.algorithm not in ("dion", "adamw")
+    if graphs:
+        names.append(RECORDED)
     if case.algorithm in DION_CLASSES and importlib.util.find_spec("dion") is not None:
-        names.append(DION)
+        names += [DION, *((DION_TRITON, DION_RECORDED) if graphs and case.dtype == torch.bfloat16 else ())]
     if case.algorithm == "muon_torch" and hasattr(torch.optim, "Muon"):
         names.append(TORCH_MUON)
     if case.algorithm == "adamw":
@@ -98,7 +103,9 @@ def stepper(name: str, case: Case) -> Callable[[], object]:
     return BUILDERS[name](parameters, case)
 
 
-def _ours(parameters: Sequence[Tensor], case: Case, validate: bool = True) -> Callable[[], object]:
+def _ours(
+    parameters: Sequence[Tensor], case: Case, validate: bool = True, capture: bool = False
+) -> Callable[[], object]:
     import dion_dtensor
 
     build: Any = ALGORITHMS[case.algorithm]
@@ -109,12 +116,15 @@ def _ours(parameters: Sequence[Tensor], case: Case, validate: bool = True) -> Ca
         group = {"params": named, "algorithm": "adamw", "betas": (0.9, 0.95), "weight_decay": 0.01}
         optimizer = dion_dtensor.Muon([group], lr=1e-3, validate=validate)
     else:
-        optimizer = build(named, lr=1e-3, weight_decay=0.01, compute_dtype=case.dtype, validate=validate)
+        common = {"weight_decay": 0.01, "compute_dtype": case.dtype, "validate": validate, "capture": capture}
+        optimizer = build(named, lr=1e-3, **common)
     step: Callable[[], object] = optimizer.step
     return step
 
 
-def _microsoft_dion(parameters: Sequence[Tensor], case: Case) -> Callable[[], object]:
+def _microsoft_dion(
+    parameters: Sequence[Tensor], case: Case, triton: bool = False, recorded: bool = False
+) -> Callable[[], object]:
     dion: Any = importlib.import_module("dion")
     options: dict[str, Any] = {"lr": 1e-3, "weight_decay": 0.01}
     if isinstance(parameters[0], DTensor):
@@ -126,7 +136,11 @@ def _microsoft_dion(parameters: Sequence[Tensor], case: Case) -> Callable[[], ob
         options["fraction"] = case.part
     if case.algorithm != "dion" and case.dtype == torch.float32:
         options["newton_schulz_func"] = _polynomial_in_float32()
+    if triton:
+        options["use_triton"] = True
     optimizer = getattr(dion, DION_CLASSES[case.algorithm])(parameters, **options)
+    if recorded:
+        optimizer = importlib.import_module("dion.cuda_graph").CudaGraphOptimizer(optimizer, warmup_steps=2)
     step: Callable[[], object] = optimizer.step
     return step
 
@@ -205,7 +219,10 @@ DION_CLASSES = {"muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "dion2": "
 BUILDERS: dict[str, Callable[[Sequence[Tensor], Case], Callable[[], object]]] = {
     OURS: _ours,
     UNCHECKED: partial(_ours, validate=False),
+    RECORDED: partial(_ours, capture=True),
     DION: _microsoft_dion,
+    DION_TRITON: partial(_microsoft_dion, triton=True),
+    DION_RECORDED: partial(_microsoft_dion, triton=True, recorded=True),
     TORCH_MUON: _torch_muon,
     TORCH_ADAMW: _torch_adamw,
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
@@ -11,7 +12,7 @@ from conformance.bench.contenders import BARE, OURS, Case, available
 from conformance.bench.products import flops
 from conformance.bench.worker import Worker, WorkerError
 
-__all__ = ["Entry", "measure"]
+__all__ = ["Entry", "measure", "measure_all"]
 
 
 @dataclass
@@ -22,10 +23,11 @@ class Entry:
         case: what was stepped.
         name: of the contender.
         first: seconds of its first step, compilation included, nothing compiled before.
-        steps: seconds of the steps after two more, one a round.
+        steps: seconds of the steps after three more, one a round.
         ratios: of ours to it, round by round; none for ours.
         bare: seconds of the bare products of the case, the roofline; 0 where it has none.
         memory: bytes at the peak of a step, beyond parameters, gradients and state.
+        peak: FLOP/s that the device was seen to give in the case's dtype; 0 where it was not measured.
         failure: what stopped it, or "".
     """
 
@@ -36,6 +38,7 @@ class Entry:
     ratios: list[float] = field(default_factory=list)
     bare: float = 0.0
     memory: float = 0.0
+    peak: float = 0.0
     failure: str = ""
 
     @property
@@ -99,36 +102,68 @@ def measure(
     Returns:
         An entry a contender, ours first; one that failed says so and takes no further part.
     """
-    entries = [Entry(case, name) for name in names or available(case)]
+    return measure_all([case], rounds, 1, names=names, memory=memory, told=told)
+
+
+def measure_all(
+    cases: Sequence[Case],
+    rounds: int,
+    jobs: int,
+    *,
+    names: Sequence[str] | None = None,
+    memory: bool = True,
+    told: Callable[[str], None] = lambda _: None,
+) -> list[Entry]:
+    """:func:`measure` of several cases whose contenders are all there at once.
+
+    Args:
+        cases: what is stepped, one after the other.
+        rounds: at least 1.
+        jobs: first steps that may run at a time; the others never do.
+        names, memory, told: as there.
+    """
+    entries = [Entry(case, name) for case in cases for name in names or available(case)]
+    workers: dict[int, Worker] = {}
     with ExitStack() as stack:
-        workers: dict[str, Worker] = {}
 
         def attempt(entry: Entry, action: Callable[[Worker], None]) -> None:
             try:
-                if entry.name not in workers:
-                    workers[entry.name] = stack.enter_context(Worker(entry.name, case))
-                action(workers[entry.name])
+                action(workers[id(entry)])
             except WorkerError as error:
                 entry.failure = str(error)
 
-        def begin(entry: Entry, worker: Worker) -> None:
-            entry.first = worker.step()
-            worker.step()
-            worker.step()
+        def begin(entry: Entry) -> None:
+            told(f"{entry.case}: first step of {entry.name}")
+            worker = Worker(entry.name, entry.case)
+            try:
+                workers[id(entry)] = stack.enter_context(worker)
+                entry.first = worker.step()
+                worker.step()
+                worker.step()
+                worker.step()
+            except WorkerError as error:
+                entry.failure = str(error)
 
-        for entry in entries:
-            told(f"{case}: first step of {entry.name}")
-            attempt(entry, lambda worker, entry=entry: begin(entry, worker))  # type: ignore[misc]
-        for index in range(rounds):
-            told(f"{case}: round {index + 1} of {rounds}")
-            alive = [entry for entry in entries if not entry.failure]
-            turn = index % max(1, len(alive))
-            for entry in alive[turn:] + alive[:turn]:
-                attempt(entry, lambda worker, entry=entry: entry.steps.append(worker.step()))  # type: ignore[misc]
-        for entry in entries:
-            if memory and not entry.failure:
-                told(f"{case}: memory of {entry.name}")
-                attempt(entry, lambda worker, entry=entry: setattr(entry, "memory", worker.memory()))  # type: ignore[misc]
+        with ThreadPoolExecutor(jobs) as pool:
+            list(pool.map(begin, entries))
+        for case in cases:
+            own = [entry for entry in entries if entry.case == case]
+            for index in range(rounds):
+                told(f"{case}: round {index + 1} of {rounds}")
+                alive = [entry for entry in own if not entry.failure]
+                turn = index % max(1, len(alive))
+                for entry in alive[turn:] + alive[:turn]:
+                    attempt(entry, lambda worker, entry=entry: entry.steps.append(worker.step()))  # type: ignore[misc]
+            for entry in own:
+                if memory and not entry.failure:
+                    told(f"{case}: memory of {entry.name}")
+                    attempt(entry, lambda worker, entry=entry: setattr(entry, "memory", worker.memory()))  # type: ignore[misc]
+            _compare(own)
+    return entries
+
+
+def _compare(entries: Sequence[Entry]) -> None:
+    """Ours with each other, round by round, and all with the bare products."""
     ours, bare = (
         next((entry for entry in entries if entry.name == name and not entry.failure), None)
         for name in (OURS, BARE)
@@ -137,4 +172,3 @@ def measure(
         entry.bare = bare.median if bare is not None else 0.0
         if ours is not None and entry is not ours and not entry.failure:
             entry.ratios = [mine / other for mine, other in zip(ours.steps, entry.steps, strict=True)]
-    return entries

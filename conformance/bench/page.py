@@ -74,14 +74,19 @@ def cells(entry: Entry) -> tuple[str, ...]:
     return (
         str(entry.case),
         entry.name,
-        f"{1e3 * entry.median:.1f} ms",
+        f"{1e3 * entry.median:.{1 if entry.median > 0.01 else 2}f} ms",
         f"{entry.spread:.0%}",
         "" if entry.name == BARE else f"{entry.first:.1f} s",
         f"{entry.memory / 1e6:.0f} MB" if entry.memory else "",
-        "" if entry.case.algorithm == "adamw" else f"{entry.rate / 1e9:.0f}",
+        "" if entry.case.algorithm == "adamw" else _rate(entry),
         f"{entry.roofline:.0%}" if entry.bare and entry.name != BARE else "",
         "{:.2f} ({:.2f} to {:.2f})".format(entry.ratio, *entry.ratio_range) if entry.ratios else "",
     )
+
+
+def _rate(entry: Entry) -> str:
+    share = f" ({entry.rate / entry.peak:.0%} of peak)" if entry.peak else ""
+    return f"{entry.rate / 1e9:.0f}{share}"
 
 
 def sent_cells(rows: Sequence[Traffic]) -> list[tuple[str, ...]]:

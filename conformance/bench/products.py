@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Callable
 from math import ceil
 
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from dion_ref import POLYNOMIALS
 
-__all__ = ["bare_products", "flops"]
+__all__ = ["bare_products", "flops", "peak"]
 
 
 def bare_products(
@@ -65,6 +66,25 @@ def _ready(count: int, m: int, n: int, dtype: torch.dtype, device: str) -> Tenso
     stack = torch.randn(count, m, n, generator=generator)
     normalized: Tensor = stack / torch.linalg.matrix_norm(stack, keepdim=True)
     return normalized.to(dtype).to(device)
+
+
+def peak(dtype: torch.dtype, size: int = 8192) -> float:
+    """FLOP/s of one product of two random matrices on the GPU, which is about the most that it gives.
+
+    Args:
+        dtype: of both.
+        size: rows and columns of both.
+    """
+    left, right = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(13):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+        start.record()
+        torch.mm(left, right)
+        end.record()
+        torch.cuda.synchronize()
+        seconds.append(float(start.elapsed_time(end)) / 1e3)
+    return 2.0 * size**3 / statistics.median(seconds[3:])
 
 
 def flops(algorithm: str, count: int, shape: tuple[int, int], part: float) -> float:

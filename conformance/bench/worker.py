@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
@@ -17,6 +18,7 @@ from conformance.bench.contenders import Case
 __all__ = ["Worker", "WorkerError", "silence"]
 
 LIMIT = 3600.0  # seconds for one answer
+STARTING = threading.Lock()  # the environment is that of all threads
 
 
 class WorkerError(RuntimeError):
@@ -46,7 +48,7 @@ class Worker:
             "TORCHINDUCTOR_CACHE_DIR": self._folder.name,
             "OMP_NUM_THREADS": str(self.case.threads),
         }
-        with mock.patch.dict(os.environ, environment):  # read when its torch is imported
+        with STARTING, mock.patch.dict(os.environ, environment):  # read when its torch is imported
             self._process.start()
         other.close()
         try:

@@ -41,7 +41,8 @@ def port(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[
-        str | None, typer.Option(help="gloo (cpu) or nccl (cuda).  [default: by device]")
+        str | None,
+        typer.Option(help="gloo (on cuda: ranks share GPUs) or nccl (cuda).  [default: by device]"),
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Local ranks for L3 and L4.")] = RANKS,
     skip: Annotated[
@@ -72,7 +73,9 @@ def port(
         claims = claims_of(adapter, timeout, device)
         check_dialects(claims, found, adapter)
         check_known((*selection.skip, *selection.xfail), lambda: claimed_cases(claims, found))
-        run = run_port(adapter, claims, found, selection, console, timeout, nproc=nproc, device=device)
+        run = run_port(
+            adapter, claims, found, selection, console, timeout, nproc=nproc, device=device, backend=backend
+        )
     except (AdapterError, SelectionError, VectorError, OSError) as error:
         Console(stderr=True).print(
             f"error: {error}", style="red", highlight=False, markup=False, soft_wrap=True
@@ -130,17 +133,17 @@ def selection_of(
 
 
 def check_backend(device: str, backend: str | None) -> None:
-    """Refuses a backend that the device's ranks would not use.
+    """Refuses a backend that the device's ranks cannot use.
 
     Raises:
         SelectionError: another device or backend.
     """
-    known = {"cpu": "gloo", "cuda": "nccl"}
+    known = {"cpu": ("gloo",), "cuda": ("nccl", "gloo")}
     if device not in known:
         raise SelectionError(f"{device!r} is no device; choose from {', '.join(known)}")
-    if backend not in (None, known[device]):
+    if backend not in (None, *known[device]):
         raise SelectionError(
-            f"on {device} the backend is {known[device]}, not {backend!r}; give --device as well"
+            f"on {device} the backend is {' or '.join(known[device])}, not {backend!r}; give --device as well"
         )
 
 
@@ -171,6 +174,7 @@ def run_port(
     *,
     nproc: int,
     device: str,
+    backend: str | None = None,
 ) -> Run:
     """All selected levels, with a bar on a terminal."""
     total = sum(known is None for _, _, known in jobs(claims, vectors, selection))
@@ -190,7 +194,7 @@ def run_port(
 
             run.verdicts += run_meshes(
                 adapter, claims, vectors, selection,
-                ranks=nproc, device=device, timeout=timeout, on_verdict=following,
+                ranks=nproc, device=device, backend=backend, timeout=timeout, on_verdict=following,
             )  # fmt: skip
         if "L5" in selection.levels and "L5" in claims.levels:
             from conformance.port.convergence import run_gate

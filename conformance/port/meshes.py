@@ -63,6 +63,7 @@ def run_meshes(
     *,
     ranks: int,
     device: str = "cpu",
+    backend: str | None = None,
     timeout: float = 60.0,
     compiled: bool = False,
     on_verdict: Callable[[Verdict], None] = lambda _: None,
@@ -77,6 +78,7 @@ def run_meshes(
         selection: levels, dtypes, patterns, known failures.
         ranks: local processes (those of another launcher are taken).
         device: "cpu" (gloo) or "cuda" (NCCL).
+        backend: "gloo" on "cuda": ranks share GPUs; None for the device's own.
         timeout: seconds a case, and a collective.
         compiled: fewer parameters a case.
         on_verdict: called with each, as soon as it is known.
@@ -101,7 +103,7 @@ def run_meshes(
                 on_verdict(verdict)
 
             log = Log(finish)
-            failure = _start(adapter, todo, log, ranks, device, timeout, folder)
+            failure = _start(adapter, todo, log, ranks, (device, backend), timeout, folder)
             done = set(log.finished)
             if failure is not None:
                 blamed = log.started.get(failure.rank, max(log.started.values(), default=0))
@@ -151,7 +153,7 @@ def _start(
     todo: Sequence[Job],
     log: Log,
     ranks: int,
-    device: str,
+    place: tuple[str, str | None],
     timeout: float,
     folder: str,
 ) -> launch.RankFailedError | None:
@@ -161,7 +163,8 @@ def _start(
             program,
             work,
             ranks=ranks,
-            device=device,
+            device=place[0],
+            backend=place[1],
             on_event=log,
             timeout=timeout + 30,  # the watchdog, which can say more, comes first
             preload=["conformance.port.mesh_program"],

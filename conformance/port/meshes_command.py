@@ -18,6 +18,7 @@ from conformance.port import output
 from conformance.port.grading import ERROR, FAIL, Verdict
 from conformance.port.runner import Run
 from conformance.port.selection import SelectionError
+from conformance.ranks import BACKENDS
 
 PORT = "conformance.adapters.ours:adapter"
 RANKS, SECONDS = 4, 120.0
@@ -34,6 +35,9 @@ def meshes(
         list[str] | None, typer.Option(help=f"Only this one (repeatable): {', '.join(DTYPES)}.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL, one rank a GPU).")] = "cpu",
+    backend: Annotated[
+        str | None, typer.Option(help="gloo on cuda: ranks share GPUs.  [default: by device]")
+    ] = None,
     nproc: Annotated[
         int, typer.Option(min=1, help="Local ranks; those of torchrun or Slurm are taken.")
     ] = RANKS,
@@ -56,7 +60,7 @@ def meshes(
     All ranks must hold the same bits of what is replicated. Exit status 0 only if nothing failed.
     """
     # Imported here: `--help` need not wait for DTensor.
-    from conformance.port.command import claims_of, selection_of
+    from conformance.port.command import check_backend, claims_of, selection_of
     from conformance.port.compare import Kept, compare, read, write
     from conformance.port.meshes import run_meshes
     from conformance.port.targets import check_targets
@@ -75,6 +79,7 @@ def meshes(
         vectors, claims = load(), claims_of(adapter, timeout)
         check_dialects(claims, vectors, adapter)
         selection = selection_of(level, dtype, case, None, None)
+        check_backend(device, backend)
 
         def line(verdict: Verdict) -> None:
             if verdict.status not in ("skip", "not claimed"):
@@ -84,14 +89,15 @@ def meshes(
 
         options = output.changed(
             {
-                "--adapter": (adapter, PORT), "--device": (device, "cpu"), "--nproc": (_ranks(nproc), RANKS),
+                "--adapter": (adapter, PORT), "--device": (device, "cpu"), "--backend": (backend, None),
+                "--nproc": (_ranks(nproc), RANKS),
                 "--compile": (compiled, False), "--timeout": (timeout, SECONDS), "--against": (against, None),
             }
         )  # fmt: skip
         run = Run(claims, levels=selection.levels, only=selection.only, command="meshes", options=options)
         run.verdicts = run_meshes(
-            adapter, claims, vectors, selection, ranks=_ranks(nproc), device=device, timeout=timeout,
-            compiled=compiled, on_verdict=line, keep=kept,
+            adapter, claims, vectors, selection, ranks=_ranks(nproc), device=device, backend=backend,
+            timeout=timeout, compiled=compiled, on_verdict=line, keep=kept,
         )  # fmt: skip
     except (AdapterError, SelectionError, VectorError, OSError, ValueError) as error:
         Console(stderr=True).print(
@@ -106,7 +112,7 @@ def meshes(
             if one.status == FAIL and "other run" in one.message:
                 line(one)
     seconds = time.monotonic() - began
-    about = output.facts(run, adapter, f"meshes, {device}", seconds)
+    about = output.facts(run, adapter, f"meshes, {backend or BACKENDS[device]} on {device}", seconds)
     output.show(run, adapter, console, seconds)
     if save is not None:
         write(save, kept)

@@ -171,6 +171,7 @@ DION = Rule(
     scalars=("mu", "epsilon"),
     states=states,
     way="P assembled",
+    reads_values=True,  # which columns are dead
     pending_states=("momentum",),
     check=check,
     prepare=prepare,

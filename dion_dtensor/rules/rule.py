@@ -55,6 +55,7 @@ class Rule:
         cuts: splits of which ``update`` takes stacks of whole parameters too, and cuts what it assembles by the field
             ``split`` of ``hyper``; under others it is handed whole parameters that are assembled with all their state.
         way: what has to travel so that a sharded matrix is orthonormalized.
+        reads_values: the host waits for values of the device in the midst of ``update``, which no CUDA graph can.
         pending_states: states that may differ among ranks which hold the same parameter, since ``update`` reads the
             gradient and them only through averages: then the gradient need not be averaged first.
         elementwise: works on each element by itself, so that parameters of any shape and layout share a bucket.
@@ -74,6 +75,7 @@ class Rule:
     states: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, StateSpec]]
     cuts: tuple[type[Split], ...] = ()
     way: str = "assembled"
+    reads_values: bool = False
     pending_states: tuple[str, ...] = ()
     elementwise: bool = False
     fused: Callable[..., None] | None = None

@@ -31,33 +31,40 @@ STATE_FIELDS = {
 
 
 def step_errors(
-    algorithm: str, shapes: list[tuple[int, ...]], gradients: list[list[Tensor]], **options: Any
+    algorithm: str,
+    shapes: list[tuple[int, ...]],
+    gradients: list[list[Tensor]],
+    *,
+    device: str = "cpu",
+    compile: bool = False,
+    **options: Any,
 ) -> list[float]:
     """The relative error of weights, P Q^T-relevant state and all, for each step, from the optimizer's own state."""
     generator = torch.Generator().manual_seed(1)
     parameters = [
-        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64)) for shape in shapes
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(device))
+        for shape in shapes
     ]
     named = [(f"layer{index}.weight", parameter) for index, parameter in enumerate(parameters)]
     common = {"lr": 0.03, "weight_decay": 0.2, "cautious": options.pop("cautious", False)}
     group = {"params": named, "algorithm": algorithm, **common, **options}
     if algorithm == "orth_dion":
         group |= {"algorithm": "dion", "right_factor": "orthonormalize"}
-    optimizer = OPTIMIZERS[algorithm]([group], compile=False)
+    optimizer = OPTIMIZERS[algorithm]([group], compile=compile)
     oracle = dion_ref.ALGORITHMS[algorithm]
     hyper = oracle.Hyper(**common, **options)
-    states = [oracle.init(p.detach(), hyper, name=name) for name, p in named]
+    states = [oracle.init(p.detach().cpu(), hyper, name=name) for name, p in named]
     errors = []
     for step in gradients:
         old = [parameter.detach().clone() for parameter in parameters]
         for parameter, gradient in zip(parameters, step, strict=True):
-            parameter.grad = gradient.clone()
+            parameter.grad = gradient.to(device, copy=True)
         optimizer.step()
         for index, (parameter, gradient) in enumerate(zip(parameters, step, strict=True)):
-            expected, states[index] = oracle.step(old[index], gradient, states[index], hyper)
-            errors.append(relative(parameter.detach() - old[index], expected - old[index]))
+            expected, states[index] = oracle.step(old[index].cpu(), gradient, states[index], hyper)
+            errors.append(relative((parameter.detach() - old[index]).cpu(), expected - old[index].cpu()))
             for key in STATE_FIELDS[algorithm]:
-                ours, theirs = optimizer.state[parameter][key], getattr(states[index], key)
+                ours, theirs = optimizer.state[parameter][key].cpu(), getattr(states[index], key)
                 if key == "Q":
                     ours = ours * (ours * theirs).sum(0, keepdim=True).sign()
                 errors.append(relative(ours, theirs))
