@@ -24,10 +24,10 @@ import torch
 import torch.distributed as dist
 
 from conformance.ranks import (
-    BACKENDS,
     GRACE_SECONDS,
     Rank,
     RankFailedError,
+    backend_of,
     device_of,
     likely_cause,
     one_line,
@@ -78,7 +78,7 @@ def run_joined(
     os.environ.update(environment)
     index, count = int(environment["RANK"]), int(environment["WORLD_SIZE"])
     place = device_of(device, int(environment.get("LOCAL_RANK", index)), backend)
-    dist.init_process_group(backend or BACKENDS[place.type], timeout=timedelta(seconds=timeout))
+    dist.init_process_group(backend_of(place, backend), timeout=timedelta(seconds=timeout))
     channel = SideChannel(index, count)
     inbox: queue.SimpleQueue[tuple[str, Any]] = queue.SimpleQueue()
 

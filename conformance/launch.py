@@ -27,10 +27,10 @@ from torch._C._distributed_c10d import TCPStore
 
 from conformance.joined import joined_environment, run_joined
 from conformance.ranks import (
-    BACKENDS,
     GRACE_SECONDS,
     Rank,
     RankFailedError,
+    backend_of,
     device_of,
     likely_cause,
     lost_peer,
@@ -241,7 +241,7 @@ def _local_rank(
                 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # the host's name need not resolve
             store = TCPStore("127.0.0.1", port, is_master=False, timeout=timedelta(seconds=60))
             dist.init_process_group(
-                backend or BACKENDS[place.type],
+                backend_of(place, backend),
                 store=store,
                 rank=index,
                 world_size=count,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -64,6 +65,16 @@ def one_line(error: BaseException, limit: int = 600) -> str:
 
 BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
 """The usual backend by device."""
+STAGED_GLOO = "staged_gloo"
+"""gloo that goes by the host, for ranks that share GPUs."""
+
+
+def backend_of(device: torch.device, asked: str | None) -> str:
+    """The name of the backend for ranks on ``device``, registered if it is our own."""
+    if asked == STAGED_GLOO or (asked == "gloo" and device.type == "cuda"):
+        importlib.import_module("conformance.staged_gloo")  # registers it
+        return STAGED_GLOO
+    return asked or BACKENDS[device.type]
 
 
 def device_of(kind: str, local_rank: int, backend: str | None = None) -> torch.device:

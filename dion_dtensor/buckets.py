@@ -231,13 +231,20 @@ class Bucket:
     def _apply(self, members: Sequence[Member], updates: Sequence[Tensor], decay: Tensor) -> None:
         """``W <- decay * W - update``; cautious decay only where the update shrinks the weight."""
         weights = [member.local for member in members]
+        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        narrow = wide != weights[0].dtype
+        # Rounded once: in bfloat16 a decay of 1 - 1e-4 alone would be rounded away.
+        values = [weight.to(wide) for weight in weights] if narrow else weights
+        factor = decay.to(wide)  # of the weights' dtype, for which CUDA has one kernel for all of them
         if self.group["cautious"]:
-            for weight, change in zip(weights, updates, strict=True):
-                agree = change.sign() * weight.sign() >= 0  # the product itself could underflow
-                weight.mul_(torch.where(agree, decay.to(weight.dtype), 1.0))
+            for value, change in zip(values, updates, strict=True):
+                agree = change.sign() * value.sign() >= 0  # the product itself could underflow
+                value.mul_(torch.where(agree, factor, 1.0))
         else:
-            torch._foreach_mul_(weights, decay)
-        torch._foreach_sub_(weights, list(updates))
+            torch._foreach_mul_(values, factor)
+        torch._foreach_sub_(values, list(updates))
+        if narrow:
+            torch._foreach_copy_(weights, values)
 
     def _filled_scalars(self, count: float | None) -> dict[str, Any]:
         """The hyperparameters of this step in 0-d tensors that live as long as the bucket, so nothing recompiles."""

@@ -33,6 +33,8 @@ CPU_HAS_BF16 = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_su
 # Blocks of fewer rows lose to overhead what the symmetry saves (measured, AVX2 and AVX512 with bf16 units).
 SMALLEST_BLOCK, SMALLEST_BF16_BLOCK = 128, 256
 BLOCKS = 4
+# A smaller product does not fill a GPU when it is taken apart (measured, H200).
+SMALLEST_SPLIT_ON_GPU = 4096
 # On a CPU, what fits its caches; and larger tensors are mapped anew by the allocator, and faulted in, every time.
 WORKING_SET = 4 << 20
 # Relative to a small singular value.  The plain form loses 1e-5 to 4e-5 in float32 and 1e-2 to 4e-1 in bfloat16.
@@ -156,6 +158,7 @@ def _iterate(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int
             a, b, c = coefficients[3 * step : 3 * step + 3]
             Z = symmetric_product(R, R, blocks, add=R, beta=b, alpha=c)  # without a I
             if step + 1 == last and Q is None:
+                del R  # before the next is made
                 X = _added(X, Z, X, beta=a)
                 break
             if step + 1 < last:
@@ -168,6 +171,7 @@ def _iterate(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int
                 Q = symmetric_product(Z, Q, blocks, add=Q, beta=a)
         else:
             assert Q is not None
+            del R, Z
             X = Q @ X
     return X.clone() if X is stack else X
 
@@ -235,8 +239,8 @@ def _added(base: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
 
 
 def _blocks(stack: Tensor) -> int:
-    """Block rows of a symmetric product of ``[N, n, k]``: several where that was measured to be faster, on CPUs."""
+    """Block rows of a symmetric product of ``[N, n, k]``: several where that was measured to be faster."""
     if stack.device.type != "cpu":
-        return 1
+        return BLOCKS if min(stack.shape[-2:]) >= SMALLEST_SPLIT_ON_GPU else 1
     smallest = SMALLEST_BF16_BLOCK if stack.dtype == torch.bfloat16 else SMALLEST_BLOCK
     return max(1, min(BLOCKS, min(stack.shape[-2:]) // smallest))

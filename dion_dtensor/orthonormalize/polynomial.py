@@ -93,8 +93,10 @@ def normalized(stack: Tensor, epsilon: float | Tensor, epsilon_rule: str, norm_f
     """``stack`` over its Frobenius norms, in the dtype of ``stack``; see :func:`newton_schulz`."""
     wide = torch.promote_types(stack.dtype, torch.float32)
     X = stack.to(wide)
-    # Summed in float64: the squares of float32 numbers neither overflow nor vanish there.
-    norm = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True, dtype=torch.float64)
+    # Summed in float64: the squares of float32 numbers neither overflow nor vanish there.  Row by row, so that a GPU
+    # has as many sums to work on at once.
+    rows = torch.linalg.vector_norm(X, dim=-1, keepdim=True, dtype=torch.float64)
+    norm = torch.linalg.vector_norm(rows, dim=-2, keepdim=True)
     return (X / divisor(norm, epsilon, epsilon_rule, norm_factor).to(wide)).to(stack.dtype)
 
 

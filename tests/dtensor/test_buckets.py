@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from dion_dtensor import Dion2, Muon, audit, updates
 from dion_dtensor.optimizer import OrthonormalOptimizer
+from tests.dtensor.small import make
 
 
 def stepped(
@@ -92,3 +94,22 @@ def test_states_are_written_within_the_graph_or_after_it(
     updates.update_of.cache_clear()
     for ours, eager in zip(*results, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("cautious", [False, True], ids=["decay", "cautious"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("rule", ["muon", "dion", "lion"])
+def test_a_step_of_narrow_weights_is_that_of_wide_ones_rounded_once(
+    rule: str, dtype: torch.dtype, cautious: bool
+) -> None:
+    """In bfloat16 a weight times 1 - 1e-4 is itself, so a decay that was rounded by itself would do nothing."""
+    generator = torch.Generator().manual_seed(0)
+    weight, grad = (torch.randn(12, 9, generator=generator).to(dtype) for _ in range(2))
+    results = []
+    for storage in (dtype, torch.float32):
+        parameter = nn.Parameter(weight.to(storage, copy=True))
+        parameter.grad = grad.to(storage)
+        options = {"lr": 0.01, "weight_decay": 0.1, "momentum_dtype": torch.float32, "cautious": cautious}
+        make(rule, [("weight", parameter)], **options).step()
+        results.append(parameter.detach().to(dtype))
+    assert torch.equal(*results)
