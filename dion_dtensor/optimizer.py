@@ -41,8 +41,9 @@ class Common(TypedDict, total=False):
         capture: on CUDA, launch each bucket's update as one CUDA graph, recorded at the third step; default False.  It
             changes no result: gradients may move, hyperparameters may change, parameters may be without gradient as
             ever.  It needs ``compile=True``.  Not recorded is what reads values of the device on the way: Dion, and
-            Dion2 and Dion3 where chosen rows travel.  Recorded graphs that hold collectives keep their process group
-            from being destroyed: call :meth:`OrthonormalOptimizer.release_graphs` before that.
+            Dion2 and Dion3 where chosen rows travel.  The graphs keep the memory of one bucket's step.  Those that hold
+            collectives keep their process group from being destroyed: call
+            :meth:`OrthonormalOptimizer.release_graphs` before that.
         validate: before each step, let all ranks agree that every gradient is present, finite and laid out like its
             parameter; default True.
         replicate_mesh: a mesh (or process group) that the parameters do not know, over whose ranks they are

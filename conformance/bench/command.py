@@ -37,6 +37,9 @@ def bench(
         int,
         typer.Option(min=1, help="First steps at a time, with every contender there at once; for GPUs."),
     ] = 1,
+    patience: Annotated[
+        float, typer.Option(min=1, help="Seconds for a contender's answer; who takes longer has failed.")
+    ] = 3600.0,
     growth: Annotated[bool, typer.Option(help="Also measure how ours grows with N, m, n, r.")] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
@@ -111,9 +114,10 @@ def bench(
             progress.update(task, description=said[:70].ljust(70))
 
         for batch in [cases] if jobs > 1 else [[case] for case in cases]:
-            entries += [replace(entry, peak=highest) for entry in measure_all(batch, rounds, jobs, told=tell)]
-            progress.advance(task, len(batch))
-            save()
+            for found in measure_all(batch, rounds, jobs=jobs, patience=patience, told=tell):
+                entries += [replace(entry, peak=highest) for entry in found]
+                progress.advance(task)
+                save()
         for case in cases if ranks else ():
             if case.algorithm != "adamw":
                 sent += traffic(case, ranks, tell)

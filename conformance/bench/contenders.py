@@ -74,7 +74,9 @@ def available(case: Case) -> tuple[str, ...]:
     if graphs:
         names.append(RECORDED)
     if case.algorithm in DION_CLASSES and importlib.util.find_spec("dion") is not None:
-        names += [DION, *((DION_TRITON, DION_RECORDED) if graphs and case.dtype == torch.bfloat16 else ())]
+        # The kernels that its others use as well; to tune them takes it minutes for each shape.
+        tuned = graphs and case.dtype == torch.bfloat16 and case.algorithm == "muon"
+        names += [DION, *((DION_TRITON, DION_RECORDED) if tuned else ())]
     if case.algorithm == "muon_torch" and hasattr(torch.optim, "Muon"):
         names.append(TORCH_MUON)
     if case.algorithm == "adamw":

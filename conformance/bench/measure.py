@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 from conformance.bench.contenders import BARE, OURS, Case, available
 from conformance.bench.products import flops
-from conformance.bench.worker import Worker, WorkerError
+from conformance.bench.worker import LIMIT, Worker, WorkerError
 
 __all__ = ["Entry", "measure", "measure_all"]
 
@@ -102,24 +102,26 @@ def measure(
     Returns:
         An entry a contender, ours first; one that failed says so and takes no further part.
     """
-    return measure_all([case], rounds, 1, names=names, memory=memory, told=told)
+    return next(measure_all([case], rounds, names=names, memory=memory, told=told))
 
 
 def measure_all(
     cases: Sequence[Case],
     rounds: int,
-    jobs: int,
     *,
+    jobs: int = 1,
+    patience: float = LIMIT,
     names: Sequence[str] | None = None,
     memory: bool = True,
     told: Callable[[str], None] = lambda _: None,
-) -> list[Entry]:
+) -> Iterator[list[Entry]]:
     """:func:`measure` of several cases whose contenders are all there at once.
 
     Args:
         cases: what is stepped, one after the other.
         rounds: at least 1.
         jobs: first steps that may run at a time; the others never do.
+        patience: seconds that a first step may take; who takes longer has failed.
         names, memory, told: as there.
     """
     entries = [Entry(case, name) for case in cases for name in names or available(case)]
@@ -134,7 +136,7 @@ def measure_all(
 
         def begin(entry: Entry) -> None:
             told(f"{entry.case}: first step of {entry.name}")
-            worker = Worker(entry.name, entry.case)
+            worker = Worker(entry.name, entry.case, patience)
             try:
                 workers[id(entry)] = stack.enter_context(worker)
                 entry.first = worker.step()
@@ -159,7 +161,7 @@ def measure_all(
                     told(f"{case}: memory of {entry.name}")
                     attempt(entry, lambda worker, entry=entry: setattr(entry, "memory", worker.memory()))  # type: ignore[misc]
             _compare(own)
-    return entries
+            yield own
 
 
 def _compare(entries: Sequence[Entry]) -> None:

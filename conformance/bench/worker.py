@@ -15,7 +15,7 @@ from unittest import mock
 
 from conformance.bench.contenders import Case
 
-__all__ = ["Worker", "WorkerError", "silence"]
+__all__ = ["LIMIT", "Worker", "WorkerError", "silence"]
 
 LIMIT = 3600.0  # seconds for one answer
 STARTING = threading.Lock()  # the environment is that of all threads
@@ -31,13 +31,14 @@ class Worker:
     Args:
         name: of the contender.
         case: what it steps.
+        patience: seconds for an answer.
 
     Raises:
         WorkerError: see above; by every method.
     """
 
-    def __init__(self, name: str, case: Case) -> None:
-        self.name, self.case = name, case
+    def __init__(self, name: str, case: Case, patience: float = LIMIT) -> None:
+        self.name, self.case, self._patience = name, case, patience
 
     def __enter__(self) -> Worker:
         self._folder = tempfile.TemporaryDirectory(prefix="bench-", ignore_cleanup_errors=True)
@@ -85,8 +86,8 @@ class Worker:
 
     def _answer(self) -> Any:
         try:
-            if not self._pipe.poll(LIMIT):
-                raise WorkerError(f"{self.name} gave no answer on {self.case} for {LIMIT:.0f} s")
+            if not self._pipe.poll(self._patience):
+                raise WorkerError(f"{self.name} gave no answer on {self.case} for {self._patience:.0f} s")
             good, value = self._pipe.recv()
         except (EOFError, OSError) as error:
             raise WorkerError(f"{self.name} died while it ran {self.case}") from error

@@ -34,7 +34,7 @@ CPU_HAS_BF16 = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_su
 SMALLEST_BLOCK, SMALLEST_BF16_BLOCK = 128, 256
 BLOCKS = 4
 # A smaller product does not fill a GPU when it is taken apart (measured, H200).
-SMALLEST_SPLIT_ON_GPU = 4096
+SMALLEST_SPLIT_ON_GPU = 3072
 # On a CPU, what fits its caches; and larger tensors are mapped anew by the allocator, and faulted in, every time.
 WORKING_SET = 4 << 20
 # Relative to a small singular value.  The plain form loses 1e-5 to 4e-5 in float32 and 1e-2 to 4e-1 in bfloat16.
@@ -158,8 +158,9 @@ def _iterate(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int
             a, b, c = coefficients[3 * step : 3 * step + 3]
             Z = symmetric_product(R, R, blocks, add=R, beta=b, alpha=c)  # without a I
             if step + 1 == last and Q is None:
-                del R  # before the next is made
+                del R  # these are as large as X where it is square
                 X = _added(X, Z, X, beta=a)
+                del Z
                 break
             if step + 1 < last:
                 R = symmetric_product(Z, R, blocks, add=R, beta=a)
@@ -173,6 +174,7 @@ def _iterate(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int
             assert Q is not None
             del R, Z
             X = Q @ X
+            del Q
     return X.clone() if X is stack else X
 
 

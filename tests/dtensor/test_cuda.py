@@ -207,7 +207,7 @@ def test_the_decay_of_narrow_weights_is_not_rounded_away(capture: bool) -> None:
         weight = torch.randn(40, 30, generator=generator).bfloat16().to("cuda", storage)
         parameter = nn.Parameter(weight)
         options = {"lr": 1e-2, "weight_decay": 0.1, "momentum_dtype": torch.float32, "capture": capture}
-        optimizer = make("muon", [("weight", parameter)], compile=True, **options)
+        optimizer = make("lion", [("weight", parameter)], compile=True, **options)
         for _ in range(WARM_UP + 2):
             parameter.data.copy_(weight)
             parameter.grad = torch.randn(40, 30, generator=generator).bfloat16().to("cuda", storage)
