@@ -12,8 +12,8 @@ FACTOR = 2.0
 BASE = 0.01
 """Every rate is BASE times a power of FACTOR, so that searches share their runs."""
 LARGEST_EXTENSION = 8
-DECAYS = (0.8, 0.9, 0.95, 0.98, 0.99)
-"""Where mu and the betas are looked for first; beyond the ends 1 - beta doubles or halves."""
+DECAYS = (0.0, 0.2, 0.6, 0.8, 0.9, 0.95, 0.98, 0.99)
+"""Where mu and the betas are looked for, wherever the search begins; beyond the last, 1 - beta halves."""
 Loss = Callable[[Run], float]
 
 
@@ -117,14 +117,10 @@ def _best_decay(run: Run, value: Loss, name: str, place: int) -> Run:
 
 
 def _neighbour(values: list[float], current: float, direction: int) -> float:
-    index = values.index(current) + direction
-    if 0 <= index < len(values):
-        return values[index]
-    rest = (1 - current) * (0.5 if direction > 0 else 2.0)
-    following = round(1 - rest, 6) if rest < 1 else 0.0
-    if following not in values:
-        values.insert(0 if direction < 0 else len(values), following)
-    return following
+    index = max(0, values.index(current) + direction)
+    if index == len(values):
+        values.append(round(1 - (1 - current) / 2, 6))
+    return values[index]
 
 
 def _decay(run: Run, name: str, place: int) -> float:

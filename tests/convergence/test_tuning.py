@@ -52,6 +52,14 @@ def test_betas_are_searched_beyond_the_grid() -> None:
     assert found.run.lr == pytest.approx(0.01)
 
 
+@pytest.mark.parametrize("start", [0.0, 0.2, 0.6, 0.95, 0.995])
+@pytest.mark.parametrize("best", [0.0, 0.2, 0.6, 0.9, 0.98])
+def test_the_best_momentum_is_found_wherever_the_search_begins(start: float, best: float) -> None:
+    run = Run(Spec(), "muon", (("mu", start),), 8, 1000, 0.0, 0)
+    found = tune(run, lambda one: (math.log(1.01 - dict(one.hyper)["mu"]) - math.log(1.01 - best)) ** 2, 0.02)
+    assert dict(found.run.hyper)["mu"] == best
+
+
 @pytest.mark.parametrize(("algorithm", "most"), [("lion", 0.98), ("adamw", 0.995)])
 def test_no_average_is_longer_than_the_run(algorithm: str, most: float) -> None:
     """A momentum that never moves is another rule; AdamW's averages are corrected."""
