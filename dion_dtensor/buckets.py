@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from dion_dtensor.assembly import averaged, scattered
-from dion_dtensor.captured import Memory, Recorder, recorder_on
-from dion_dtensor.layout import StorageLayout
+from dion_dtensor.captured import Recorder
 from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
 from dion_dtensor.paths import chosen_path, path_of
 from dion_dtensor.planning import Choice
@@ -22,11 +21,9 @@ from dion_dtensor.rules import Rule
 from dion_dtensor.scale import scale_factor
 from dion_dtensor.updates import Plan, update_of
 
-__all__ = ["Bucket", "make_buckets"]
+__all__ = ["Bucket"]
 
 FUSED_DEVICES = ("cpu", "cuda")
-# Of whole matrices on a CPU, beyond which batches gain nothing and leave its caches (measured, AVX2).
-CPU_BUCKET_BYTES = 8 << 20
 WAYS = {
     "assemble": "assembled",
     "gram": "Gram matrices alone",
@@ -315,12 +312,12 @@ class Bucket:
         return zeros.expand(form.count, *zeros.shape)
 
     def _capturable(self) -> bool:
-        """Whether the host waits for no values of the device: chosen rows that travel are counted by the host."""
-        rule, form, way = self.rule, self.members[0].form, self.way()
-        travels = rule.way == WAYS["exchange"] and way != "local"
-        return not rule.reads_values and not (
-            travels and (way != WAYS["assemble"] or (form and form.kind == "whole"))
-        )
+        """Whether the host waits for no values of the device in an update."""
+        if self.rule.reads_values != "exchange":
+            return self.rule.reads_values == "never"
+        form, choice = self.members[0].form, self.choice
+        assembled = choice is not None and choice.way == "assemble"
+        return assembled or self.way() == "local" or (form is not None and form.entry.mesh is None)
 
     def _parts(self, members: Sequence[Member], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Local shards of the parameters' shapes as parts of the local stack."""
@@ -351,65 +348,3 @@ class Bucket:
 
 def _holds_tensor(value: Any) -> bool:
     return any(isinstance(part, Tensor) for part in (value if isinstance(value, tuple | list) else (value,)))
-
-
-def make_buckets(
-    rule: Rule,
-    group: Mapping[str, Any],
-    members: Sequence[Member],
-    options: Mapping[str, Any],
-    memory: dict[torch.device, Memory] | None = None,
-) -> list[Bucket]:
-    """Sort ``members`` into buckets, in the order of first appearance, which all ranks share.
-
-    Args:
-        rule: the algorithm of ``group``.
-        group: the param group.
-        members: its parameters.
-        options: ``seed``, ``momentum_dtype``, ``compute_dtype``, ``compile``, ``max_bucket_bytes`` of the optimizer.
-        memory: of CUDA graphs, by device; None to record none.
-    """
-    sorted_: dict[Hashable, list[Member]] = {}
-    for member in members:
-        layout, form = member.layout, member.form
-        key: Hashable = (layout.dtype, layout.device)
-        if form is not None:
-            key = (form.kind, form.entry, form.pieces if form.kind == "whole" else None, layout.mesh)
-        sorted_.setdefault(key, []).append(member)
-    return [
-        Bucket(
-            rule,
-            group,
-            some,
-            seed=options["seed"],
-            momentum_dtype=options["momentum_dtype"],
-            compute_dtype=_compute_dtype(some[0].layout, options["compute_dtype"]),
-            compile=options["compile"],
-            recorder=recorder_on(some[0].layout.device, memory),
-        )
-        for same in sorted_.values()
-        for some in _chunks(same, options["max_bucket_bytes"])
-    ]
-
-
-def _chunks(members: list[Member], most: int | None) -> Iterator[list[Member]]:
-    """Runs of members whose local shards take at most ``most`` bytes, one member at least; equal runs but the last."""
-    first = members[0]
-    if (
-        most is None
-        and first.form is not None
-        and first.layout.mesh is None
-        and first.layout.device.type == "cpu"
-    ):
-        most = CPU_BUCKET_BYTES
-    size = max(member.layout.largest_shard() for member in members) * members[0].local.element_size()
-    length = len(members) if most is None else max(1, most // max(size, 1))
-    for start in range(0, len(members), length):
-        yield members[start : start + length]
-
-
-def _compute_dtype(layout: StorageLayout, asked: torch.dtype | None) -> torch.dtype:
-    """float64 parameters are computed in float64 throughout; else as asked, else bfloat16 where it is fast."""
-    if layout.dtype == torch.float64:
-        return torch.float64
-    return asked or (torch.bfloat16 if layout.device.type == "cuda" else torch.float32)

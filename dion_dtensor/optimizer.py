@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
-from dion_dtensor.buckets import Bucket, make_buckets
+from dion_dtensor.buckets import Bucket
 from dion_dtensor.captured import Memory
 from dion_dtensor.checks import check_group, check_member, check_options
 from dion_dtensor.gradients import checked_gradients
@@ -19,6 +19,7 @@ from dion_dtensor.layout import StorageLayout
 from dion_dtensor.matrices import parse_split
 from dion_dtensor.members import Member, form_of
 from dion_dtensor.rules import RULES
+from dion_dtensor.sorting import make_buckets
 from dion_dtensor.state import adopt, check_names, check_states, load_states
 
 __all__ = ["Common", "OrthonormalOptimizer"]

@@ -122,6 +122,7 @@ DION2 = Rule(
     states=states,
     cuts=ROW_BLOCKS,
     way="chosen slices alone",
+    reads_values="exchange",
     check=check_selection,
     prepare=polynomial_fields,
 )

@@ -109,6 +109,7 @@ DION3 = Rule(
     states=states,
     cuts=ROW_BLOCKS,
     way="chosen rows alone",
+    reads_values="exchange",
     check=check,
     prepare=polynomial_fields,
 )

@@ -55,7 +55,8 @@ class Rule:
         cuts: splits of which ``update`` takes stacks of whole parameters too, and cuts what it assembles by the field
             ``split`` of ``hyper``; under others it is handed whole parameters that are assembled with all their state.
         way: what has to travel so that a sharded matrix is orthonormalized.
-        reads_values: the host waits for values of the device in the midst of ``update``, which no CUDA graph can.
+        reads_values: when the host waits for values of the device in the midst of ``update``, which no CUDA graph can:
+            "never", "always", or "exchange", where chosen slices travel.
         pending_states: states that may differ among ranks which hold the same parameter, since ``update`` reads the
             gradient and them only through averages: then the gradient need not be averaged first.
         elementwise: works on each element by itself, so that parameters of any shape and layout share a bucket.
@@ -75,7 +76,7 @@ class Rule:
     states: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, StateSpec]]
     cuts: tuple[type[Split], ...] = ()
     way: str = "assembled"
-    reads_values: bool = False
+    reads_values: str = "never"
     pending_states: tuple[str, ...] = ()
     elementwise: bool = False
     fused: Callable[..., None] | None = None

@@ -1,0 +1,187 @@
+"""Which updates are recorded as CUDA graphs, and when anew; with stand-ins for the graphs, which test_cuda.py has."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Hashable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from dion_dtensor import Dion2, Muon
+from dion_dtensor.captured import WARM_UP, Recorder, recorder_on
+from tests.dtensor.small import make
+
+
+class Taken:
+    """In place of a recorder: takes the update at once, and notes the keys."""
+
+    def __init__(self) -> None:
+        self.keys: list[Hashable] = []
+
+    def take(self, key: Hashable, parts: Sequence[Tensor], update: Any) -> None:
+        self.keys.append(key)
+        update(torch.cat(list(parts)))
+
+
+def _parameters() -> list[tuple[str, nn.Parameter]]:
+    generator = torch.Generator().manual_seed(0)
+    return [(f"layer{i}.weight", nn.Parameter(torch.randn(8, 6, generator=generator))) for i in range(3)]
+
+
+def _step(optimizer: Any, named: list[tuple[str, nn.Parameter]], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _, parameter in named:
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("rule", "recorded"),
+    [
+        *((name, True) for name in ("muon", "normuon", "dion2", "dion3", "lion")),
+        *((name, False) for name in ("dion", "orth_dion")),
+    ],
+)
+def test_what_waits_for_values_of_the_device_is_not_recorded(rule: str, recorded: bool) -> None:
+    named = _parameters()
+    optimizer = make(rule, named)
+    (bucket,) = optimizer.buckets
+    bucket.recorder = taken = Taken()  # type: ignore[assignment]
+    _step(optimizer, named, 0)
+    assert bool(taken.keys) == recorded
+
+
+def test_fused_steps_are_not_recorded() -> None:
+    named = _parameters()
+    optimizer = make("adamw", named, compile=True)
+    (bucket,) = optimizer.buckets
+    bucket.recorder = taken = Taken()  # type: ignore[assignment]
+    _step(optimizer, named, 0)
+    assert not taken.keys
+
+
+@pytest.fixture
+def mesh() -> Iterator[DeviceMesh]:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    yield init_device_mesh("cpu", (4,))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize(
+    ("rule", "path", "dim", "recorded"),
+    [
+        ("dion2", "exchange", 0, False),
+        ("dion2", "assemble", 0, True),
+        ("dion3", "exchange", 0, False),
+        ("dion3", "assemble", 0, True),
+        ("muon", "auto", 0, True),
+        ("muon", "auto", 1, True),
+    ],
+)
+def test_chosen_rows_that_travel_are_not_recorded(
+    mesh: DeviceMesh, rule: str, path: str, dim: int, recorded: bool
+) -> None:
+    weight = nn.Parameter(distribute_tensor(torch.randn(8, 12), mesh, [Shard(dim)]))
+    optimizer = make(rule, [("weight", weight)], path=path)
+    assert optimizer.buckets[0]._capturable() == recorded
+
+
+def test_a_recording_outlives_what_changes_from_step_to_step() -> None:
+    named = _parameters()
+    optimizer = Dion2(named, compile=False)
+    (bucket,) = optimizer.buckets
+    bucket.recorder = taken = Taken()  # type: ignore[assignment]
+    group = optimizer.param_groups[0]
+    for step in range(3):
+        group["lr"], group["mu"], group["weight_decay"] = 0.1 / (step + 1), 0.9 + 0.01 * step, 0.01 * step
+        _step(optimizer, named, step)
+    assert len(set(taken.keys)) == 1
+    group["fraction"] = 0.5
+    _step(optimizer, named, 3)
+    group["cautious"] = True
+    _step(optimizer, named, 4)
+    named[1][1].data = named[1][1].data.clone()
+    _step(optimizer, named, 5)
+    assert len(set(taken.keys)) == 4
+
+
+def test_a_step_without_some_gradient_is_taken_as_ever() -> None:
+    named = _parameters()
+    optimizer = Muon(named, compile=False)
+    (bucket,) = optimizer.buckets
+    bucket.recorder = taken = Taken()  # type: ignore[assignment]
+    named[0][1].grad = torch.ones(8, 6)
+    before = named[1][1].detach().clone()
+    optimizer.step()
+    assert not taken.keys
+    assert torch.equal(before, named[1][1])
+
+
+class Graph:
+    """In place of a CUDA graph."""
+
+    replays = 0
+
+    def replay(self) -> None:
+        Graph.replays += 1
+
+
+class Space:
+    """In place of the memory of graphs."""
+
+    pool = None
+
+    def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
+        return torch.full(tuple(shape), torch.nan, dtype=dtype)
+
+
+def test_a_graph_is_recorded_once_and_reads_the_gradients_of_each_step(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    Graph.replays, seen = 0, []
+    recorder = Recorder(Space())  # type: ignore[arg-type]
+    for step in range(WARM_UP + 3):
+        recorder.take("key", [torch.full((2, 3), float(step)), torch.full((1, 3), float(step))], seen.append)
+    assert len(seen) == WARM_UP + 1
+    assert Graph.replays == 3
+    assert torch.equal(
+        seen[-1], torch.full((3, 3), WARM_UP + 2.0)
+    )  # the graph's input, written before each launch
+    recorder.take("other", [torch.zeros(2, 3)], seen.append)
+    assert (len(seen), Graph.replays, recorder.recorded) == (WARM_UP + 2, 3, False)
+    recorder.take("other", [torch.zeros(3, 3)], seen.append)  # another size is another graph
+    assert recorder._turns == 1
+
+
+def test_elsewhere_nothing_is_recorded() -> None:
+    assert recorder_on(torch.device("cpu"), {}) is None
+    named = _parameters()
+    optimizer = Muon(named, compile=False, capture=False)
+    assert optimizer.buckets[0].recorder is None
+    optimizer.release_graphs()
+    copied = copy.deepcopy(Muon(named, capture=True))
+    assert copied.capture
+    assert copied.buckets[0].recorder is None
+
+
+def test_graphs_need_compiled_updates() -> None:
+    with pytest.raises(ValueError, match="capture=True needs compile=True"):
+        Muon(_parameters(), compile=False, capture=True)
+
+
+def test_a_graph_of_the_caller_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    named = _parameters()
+    optimizer = Muon(named, compile=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="make the optimizer with capture=True"):
+        optimizer.step()
