@@ -250,7 +250,9 @@ def audit(optimizer: OrthonormalOptimizer, strict: bool = False) -> Audit:
 
     Raises:
         ValueError: with ``strict``, naming the parameters.
+        RuntimeError: a group holds parameters that were not there when the optimizer was made.
     """
+    order = [member.parameter for member in optimizer.members()]
     rows = {}
     for bucket in optimizer.buckets:
         for member in bucket.members:
@@ -267,7 +269,6 @@ def audit(optimizer: OrthonormalOptimizer, strict: bool = False) -> Audit:
                 choice=bucket.choice.why if bucket.choice else "",
             )
             rows[id(member.parameter)] = row
-    order = [p for group in optimizer.param_groups for p in group["params"]]
     found = Audit(tuple(rows[id(p)] for p in order))
     if strict:
         left = [

@@ -171,8 +171,12 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         for member in members:
             self.state[member.parameter] = dict(member.views)
 
-    def _members(self) -> list[Member]:
-        """In the order of the groups, which is that of a state dict."""
+    def members(self) -> list[Member]:
+        """What the engine knows of each parameter, in the order of the groups, which is that of a state dict.
+
+        Raises:
+            RuntimeError: a group holds parameters that were not there when the optimizer was made.
+        """
         own = {id(member.parameter): member for bucket in self.buckets for member in bucket.members}
         members = []
         for position, group in enumerate(self.param_groups):
@@ -214,7 +218,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with _no_autocast({bucket.device.type for bucket in self.buckets}):
-            adopt(self._members(), self.state)
+            adopt(self.members(), self.state)
             for bucket, members, grads, pending in checked_gradients(
                 self.buckets, self.validate, self.averaged
             ):
@@ -260,13 +264,13 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                 zip(self.param_groups, given["param_groups"], strict=True)
             ):
                 if group.get("algorithm") != own["algorithm"]:
-                    first = next(m for m in self._members() if m.parameter is own["params"][0])
+                    first = next(m for m in self.members() if m.parameter is own["params"][0])
                     raise ValueError(
                         f"{first.name} ({first.layout.describe()}) and its group follow {own['algorithm']!r}; the "
                         f"loaded group follows {group.get('algorithm')!r}"
                     )
                 if group.get("split") != own["split"]:
-                    first = next(m for m in self._members() if m.parameter is own["params"][0])
+                    first = next(m for m in self.members() if m.parameter is own["params"][0])
                     raise ValueError(
                         f"{first.name} ({first.layout.describe()}) is split as {own['split']}; the loaded group as "
                         f"{group.get('split')}"
@@ -279,11 +283,11 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                 check_group(groups[-1], foreign=True)  # users keep keys of their own in groups
             indices = [index for group in groups for index in group["params"]]
             loaded.extend(given["state"].get(index) for index in indices)
-            check_states(self._members(), loaded)
+            check_states(self.members(), loaded)
             return {**given, "param_groups": groups, "state": {}}
 
         def after(optimizer: torch.optim.Optimizer) -> None:
-            members = self._members()
+            members = self.members()
             load_states(members, loaded)
             self.state.update({member.parameter: dict(member.views) for member in members})
             for bucket, position in zip(self.buckets, positions, strict=True):
@@ -315,7 +319,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             "_bucket_options",
             "capture",
         )
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}}
+        pending = [bucket.pending for bucket in self.buckets]
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_pending": pending}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -325,8 +330,10 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         self.buckets, self._graph_memory = [], {} if self.capture else None
         for position, group in enumerate(self.param_groups):
             self._add_buckets(group, position)
-        members = self._members()
+        members = self.members()
         load_states(members, [states[member.parameter] for member in members])
+        for bucket, pending in zip(self.buckets, self.__dict__.pop("_pending"), strict=True):
+            bucket.pending = pending
 
 
 def _no_autocast(device_types: set[str]) -> ExitStack:

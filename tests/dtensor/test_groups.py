@@ -339,3 +339,10 @@ def test_hugging_face_models_are_claimed_whole(name: str) -> None:
     assert all(
         row.rule == "muon" for row in rows.values() if row.name.endswith(("proj.weight", "dense.weight"))
     )
+
+
+def test_the_audit_of_an_optimizer_whose_parameters_were_replaced_says_so() -> None:
+    optimizer = Muon([("weight", nn.Parameter(torch.ones(3, 4)))])
+    optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3, 4))
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 \(muon\), now \[3, 4\].*is not the one"):
+        audit(optimizer)

@@ -14,8 +14,10 @@ from torch.distributed.checkpoint.state_dict import (
     get_optimizer_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.device_mesh import init_device_mesh
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dion_dtensor import Muon, import_state_dict
+from dion_dtensor import Dion, Muon, import_state_dict
 from dion_dtensor.imports import MICROSOFT
 from tests.dtensor.small import MATRIX_RULES, RULES, Small, make, optimizer_of, train
 
@@ -81,6 +83,20 @@ def test_copies_and_pickles_step_alike_and_apart(algorithm: str) -> None:
         assert all(
             torch.equal(a, b) for a, b in zip(train(twin, its_optimizer, 2, first=1), expected, strict=True)
         )
+
+
+def test_a_copy_knows_that_its_momentum_is_still_to_be_averaged() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        weight = nn.Parameter(torch.randn(8, 6))
+        mesh = init_device_mesh("cpu", (2,))
+        optimizer = Dion([weight], compile=False, replicate_mesh=mesh, averaged=False, rank_fraction=0.5)
+        weight.grad = torch.randn(8, 6)
+        optimizer.step()
+        assert optimizer.buckets[0].pending == (0,)
+        assert copy.deepcopy(optimizer).buckets[0].pending == (0,)
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_state_put_in_by_the_user_is_the_state_that_steps() -> None:
