@@ -93,7 +93,8 @@ def device_of(kind: str, local_rank: int, backend: str | None = None) -> torch.d
     if kind != "cuda":
         raise ValueError(f"device must be cpu or cuda, not {kind!r}")
     visible = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = local_rank % visible if visible and backend == "gloo" else local_rank
+    shared = visible and backend in ("gloo", STAGED_GLOO)
+    index = local_rank % visible if shared else local_rank
     if index >= visible:
         advice = "" if visible == 0 else "; ranks of --backend gloo can share one"
         raise ValueError(f"no GPU for local rank {local_rank}: {visible} visible{advice}")

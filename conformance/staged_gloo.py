@@ -82,6 +82,33 @@ class StagedGloo(dist.ProcessGroup):
         exchange = self._gloo.alltoall_base
         return self._staged(lambda *both: exchange(*both, output_sizes, input_sizes), [output], output, given)
 
+    def alltoall(self, outputs: list[Tensor], inputs: list[Tensor], options: Any = None) -> Any:
+        """A tensor to each rank."""
+        sizes = [[tensor.numel() for tensor in tensors] for tensors in (outputs, inputs)]
+        given = torch.cat([tensor.reshape(-1) for tensor in inputs])
+        received = given.new_empty(sum(sizes[0]))
+        work = self.alltoall_base(received, given, *sizes)
+        for output, part in zip(outputs, torch.split(received, sizes[0]), strict=True):
+            output.copy_(part.view(output.shape))
+        return work
+
+    def reduce(self, tensors: list[Tensor], options: Any) -> Any:
+        """To one rank; the others keep theirs."""
+        whole = [tensor.clone() for tensor in tensors]
+        work = self.allreduce(whole, options)
+        if self.rank() == options.rootRank:
+            for tensor, value in zip(tensors, whole, strict=True):
+                tensor.copy_(value)
+        return work
+
+    def send(self, tensors: list[Tensor], to: int, tag: int = 0) -> Any:
+        """To one rank."""
+        return self._staged(lambda given: self._gloo.send(given, to, tag), [], tensors)
+
+    def recv(self, tensors: list[Tensor], source: int, tag: int = 0) -> Any:
+        """From one rank."""
+        return self._staged(lambda given: self._gloo.recv(given, source, tag), tensors, tensors)
+
     def reduce_scatter(self, outputs: list[Tensor], inputs: list[list[Tensor]], options: Any = None) -> Any:
         """The sum of what all ranks have for this one."""
         for output, parts in zip(outputs, inputs, strict=True):

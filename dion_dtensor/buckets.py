@@ -192,7 +192,11 @@ class Bucket:
             self._apply(members, list(self._split(changes, members, None)), scalars["decay"])
 
         if every and self.recorder is not None and self._capturable():
-            weights = tuple(member.local.data_ptr() for member in members)
+            # The storage too: on all ranks of a mesh alike, those with an empty shard learn that weights have moved.
+            weights = tuple(
+                (local.data_ptr(), local.untyped_storage()._cdata, local.stride())
+                for local in (member.local for member in members)
+            )
             self.recorder.take((plan, self.group["cautious"], scale.data_ptr(), weights), parts, update)
             return
         update(parts[0].contiguous() if len(parts) == 1 else torch.cat(parts))

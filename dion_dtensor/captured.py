@@ -6,7 +6,10 @@ hyperparameters and counts are written to the 0-d tensors that it reads, before 
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,15 +29,30 @@ class Memory:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.pool = torch.cuda.graph_pool_handle()
+        self.largest = 0
+        """Bytes of the largest input to come."""
+        self.recorded: set[Recorder] = set()
+        # Of its own: cuBLAS keeps a workspace a stream, and a graph that goes takes it along.
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
         self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
+
+    def pool(self) -> Any:
+        """That of the graphs that are there, or a new one: the allocator gives up a pool with its last graph."""
+        if not self.recorded:
+            self._pool = torch.cuda.graph_pool_handle()
+        return self._pool
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         """Uninitialised; the next one may be the same memory, which lives as long as any of them."""
         size = torch.Size(shape).numel() * dtype.itemsize
         if size > self._bytes.numel():
-            self._bytes = torch.empty(size, dtype=torch.uint8, device=self.device)
+            self._bytes = torch.empty(max(size, self.largest), dtype=torch.uint8, device=self.device)
         return self._bytes[:size].view(dtype).view(*shape)
+
+    def clear(self) -> None:
+        """Keep no buffer beyond those that graphs still read."""
+        self._bytes = self._bytes.new_empty(0)
 
 
 class Recorder:
@@ -52,8 +70,10 @@ class Recorder:
         """Give up the graph; the next steps are taken as ever, and recorded anew."""
         self._key: Hashable = None
         self._turns = 0
+        self._refused = False
         self._graph: torch.cuda.CUDAGraph | None = None
         self._input: Tensor | None = None
+        self._memory.recorded.discard(self)
 
     @property
     def recorded(self) -> bool:
@@ -63,36 +83,71 @@ class Recorder:
     def take(self, key: Hashable, parts: Sequence[Tensor], update: Callable[[Tensor], None]) -> None:
         """``update(torch.cat(parts))``.
 
+        Warns once if it cannot be recorded, for want of memory say, and takes it as ever.
+
         Args:
             key: equal as long as ``update`` launches the same kernels on the same memory.
             parts: of the input.
             update: reads the input, and writes in place.
         """
-        key = (key, tuple(part.shape for part in parts), parts[0].dtype)
+        key = (key, tuple((part.shape, part.dtype) for part in parts), _switches())
         if key != self._key:
             self.forget()
             self._key = key
         self._turns += 1
-        if self._turns <= WARM_UP:
+        if self._turns > WARM_UP and not self._refused and self._graph is None:
+            self._record(parts, update)
+        if self._graph is None:
             update(torch.cat(list(parts)))
             return
-        if self._graph is None:
-            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
-            self._input = self._memory.buffer(shape, parts[0].dtype)
-            # Of this thread alone: NCCL's own asks for events at any time.
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self._memory.pool, capture_error_mode="thread_local"):
-                update(self._input)
-            self._graph = graph
         assert self._input is not None
         torch.cat(list(parts), out=self._input)
         self._graph.replay()
 
+    def _record(self, parts: Sequence[Tensor], update: Callable[[Tensor], None]) -> None:
+        memory, graph = self._memory, torch.cuda.CUDAGraph()
+        try:
+            shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
+            dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
+            given = memory.buffer(shape, dtype)
+            # Of this thread alone: NCCL's own asks for events at any time.
+            recording = torch.cuda.graph(
+                graph, pool=memory.pool(), stream=memory.stream, capture_error_mode="thread_local"
+            )
+            with torch.cuda.device(memory.device), recording:
+                update(given)
+        except Exception as error:  # nothing has been computed yet
+            self._refused = True
+            warnings.warn(
+                f"this update is not recorded as a CUDA graph, but taken as ever: {error}", stacklevel=2
+            )
+            return
+        self._graph, self._input = graph, given
+        memory.recorded.add(self)
 
-def recorder_on(device: torch.device, memory: dict[torch.device, Memory] | None) -> Recorder | None:
-    """A recorder, its memory shared with the others on ``device``; None off CUDA, and where ``memory`` is None."""
+
+def _switches() -> Hashable:
+    """What chooses kernels besides the arguments."""
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
+    )
+
+
+def recorder_on(
+    device: torch.device, memory: dict[torch.device, Memory] | None, size: int
+) -> Recorder | None:
+    """A recorder, its memory shared with the others on ``device``; None off CUDA, and where ``memory`` is None.
+
+    Args:
+        device: of the bucket.
+        memory: by device.
+        size: bytes of its gradients.
+    """
     if memory is None or device.type != "cuda":
         return None
     if device not in memory:
         memory[device] = Memory(device)
+    memory[device].largest = max(memory[device].largest, size)
     return Recorder(memory[device])

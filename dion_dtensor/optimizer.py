@@ -41,10 +41,10 @@ class Common(TypedDict, total=False):
         compile: run each bucket's update under ``torch.compile(fullgraph=True)``; default True.
         capture: on CUDA, launch each bucket's update as one CUDA graph, recorded at the third step; default False.  It
             changes no result: gradients may move, hyperparameters may change, parameters may be without gradient as
-            ever.  It needs ``compile=True``.  Not recorded is what reads values of the device on the way: Dion, and
-            Dion2 and Dion3 where chosen rows travel.  The graphs keep the memory of one bucket's step.  Those that hold
-            collectives keep their process group from being destroyed: call
-            :meth:`OrthonormalOptimizer.release_graphs` before that.
+            ever.  It needs ``compile=True``.  Not recorded is what reads values of the device on the way (Dion, and
+            Dion2 and Dion3 where chosen rows travel), and AdamW where it is torch's one fused kernel anyway.  The
+            graphs keep the memory of one bucket's step.  Those that hold collectives keep their process group from
+            being destroyed: call :meth:`OrthonormalOptimizer.release_graphs` before that.
         validate: before each step, let all ranks agree that every gradient is present, finite and laid out like its
             parameter; default True.
         replicate_mesh: a mesh (or process group) that the parameters do not know, over whose ranks they are
@@ -52,8 +52,8 @@ class Common(TypedDict, total=False):
         averaged: whether gradients arrive averaged over ``replicate_mesh``; default True.  Otherwise the step averages
             them; Dion keeps a momentum a rank instead and averages P and R alone, see :class:`Dion`.
         max_bucket_bytes: parameters whose shards take more are stepped in several turns; a turn needs about four times
-            as many bytes for a while, on a GPU six times.  None (default) for no limit, but 8 MiB for unsharded
-            matrices on a CPU, where that is fastest.
+            as many bytes for a while, on a GPU six times, Dion at full rank twelve times there.  None (default) for no
+            limit, but 8 MiB for unsharded matrices on a CPU, where that is fastest.
     """
 
     weight_decay: float
@@ -239,6 +239,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         for bucket in self.buckets:
             if bucket.recorder is not None:
                 bucket.recorder.forget()
+        for memory in (self._graph_memory or {}).values():
+            memory.clear()
 
     def state_dict(self) -> dict[str, Any]:
         """As ever; where a momentum differs among ranks it is averaged first, so all ranks must call it together."""

@@ -51,7 +51,7 @@ def make_buckets(
             momentum_dtype=options["momentum_dtype"],
             compute_dtype=_compute_dtype(some[0].layout, options["compute_dtype"]),
             compile=options["compile"],
-            recorder=recorder_on(some[0].layout.device, memory),
+            recorder=recorder_on(some[0].layout.device, memory, sum(m.local.nbytes for m in some)),
         )
         for same in sorted_.values()
         for some in _chunks(same, options["max_bucket_bytes"])

@@ -87,6 +87,7 @@ class Worker:
     def _answer(self) -> Any:
         try:
             if not self._pipe.poll(self._patience):
+                self._process.kill()  # it would go on beside the others' steps
                 raise WorkerError(f"{self.name} gave no answer on {self.case} for {self._patience:.0f} s")
             good, value = self._pipe.recv()
         except (EOFError, OSError) as error:
@@ -143,11 +144,13 @@ def _peak(step: Callable[[], object], device: str) -> float:
 
     if device == "cuda":
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what is held now and not allocated is that of CUDA graphs
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
+        kept = torch.cuda.memory_reserved() - before
         step()
         torch.cuda.synchronize()
-        return float(torch.cuda.max_memory_allocated() - before)
+        return float(kept + torch.cuda.max_memory_allocated() - before)
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         step()

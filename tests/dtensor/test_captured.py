@@ -136,19 +136,31 @@ class Graph:
 class Space:
     """In place of the memory of graphs."""
 
-    pool = None
+    device, stream = torch.device("cpu"), None
+
+    def __init__(self) -> None:
+        self.recorded: set[Recorder] = set()
+
+    def pool(self) -> None:
+        """None of them."""
 
     def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
         return torch.full(tuple(shape), torch.nan, dtype=dtype)
 
 
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    """A recorder of graphs that do nothing."""
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
+    Graph.replays = 0
+    return Recorder(Space())  # type: ignore[arg-type]
+
+
 def test_a_graph_is_recorded_once_and_reads_the_gradients_of_each_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
-    Graph.replays, seen = 0, []
-    recorder = Recorder(Space())  # type: ignore[arg-type]
+    recorder, seen = stand_in(monkeypatch), []
     for step in range(WARM_UP + 3):
         recorder.take("key", [torch.full((2, 3), float(step)), torch.full((1, 3), float(step))], seen.append)
     assert len(seen) == WARM_UP + 1
@@ -162,8 +174,45 @@ def test_a_graph_is_recorded_once_and_reads_the_gradients_of_each_step(
     assert recorder._turns == 1
 
 
+def test_an_update_that_cannot_be_recorded_is_taken_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, seen = stand_in(monkeypatch), []
+
+    def refused(*_: Any, **__: Any) -> Any:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch.cuda, "graph", refused)
+    for _ in range(WARM_UP):
+        recorder.take("key", [torch.ones(2, 3)], seen.append)
+    with pytest.warns(
+        UserWarning, match="not recorded as a CUDA graph, but taken as ever: CUDA out of memory"
+    ):
+        recorder.take("key", [torch.ones(2, 3)], seen.append)
+    recorder.take("key", [torch.ones(2, 3)], seen.append)  # and asks no further
+    assert (len(seen), recorder.recorded, Graph.replays) == (WARM_UP + 2, False, 0)
+
+
+def test_what_chooses_other_kernels_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder, seen = stand_in(monkeypatch), []
+
+    def taken(*parts: Tensor) -> bool:
+        for _ in range(WARM_UP + 2):
+            recorder.take("key", list(parts), seen.append)
+        return len(recorder._memory.recorded) == 1
+
+    assert taken(torch.ones(2, 3), torch.ones(2, 3))
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    recorder.take("key", [torch.ones(2, 3), torch.ones(2, 3)], seen.append)
+    torch.set_float32_matmul_precision(before)
+    assert not recorder.recorded
+    assert taken(torch.ones(2, 3, dtype=torch.bfloat16), torch.full((2, 3), 1 / 3))
+    assert seen[-1].dtype == torch.float32  # nothing is rounded on the way
+    recorder.forget()
+    assert not recorder._memory.recorded
+
+
 def test_elsewhere_nothing_is_recorded() -> None:
-    assert recorder_on(torch.device("cpu"), {}) is None
+    assert recorder_on(torch.device("cpu"), {}, 0) is None
     named = _parameters()
     optimizer = Muon(named, compile=False, capture=False)
     assert optimizer.buckets[0].recorder is None

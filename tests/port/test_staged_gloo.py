@@ -41,6 +41,17 @@ def redistributed(rank: launch.Rank, _: None) -> list[Any]:
     mine: list[Any] = [None]
     dist.scatter_object_list(mine, [f"for {index}" for index in range(rank.count)], src=0)
     dist.barrier()
+    ranks, mine_too = rank.count, torch.arange(3.0) + 10 * rank.index
+    received = [torch.zeros(2) for _ in range(ranks)]
+    dist.all_to_all(received, [torch.full((2,), 10.0 * other + rank.index) for other in range(ranks)])
+    summed = mine_too.clone()
+    dist.reduce(summed, dst=1)
+    passed = torch.zeros(3)
+    if rank.index % 2 == 0:
+        dist.send(mine_too, (rank.index + 1) % ranks) if rank.index + 1 < ranks else None
+    else:
+        dist.recv(passed, rank.index - 1)
+    found += [*received, summed if rank.index == 1 else torch.zeros(()), passed]
     return [*found, objects, sent, mine]
 
 
