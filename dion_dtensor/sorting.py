@@ -59,7 +59,11 @@ def make_buckets(
 
 
 def _chunks(members: list[Member], most: int | None) -> Iterator[list[Member]]:
-    """Runs of members whose local shards take at most ``most`` bytes, one member at least; equal runs but the last."""
+    """Runs of members whose local shards take at most ``most`` bytes, one member at least.
+
+    Runs of one length share a graph: up to twice as many as needed are made where that makes all of them equal, as for
+    the layers of most models; elsewhere lengths differ by one.
+    """
     first = members[0]
     if (
         most is None
@@ -70,8 +74,11 @@ def _chunks(members: list[Member], most: int | None) -> Iterator[list[Member]]:
         most = CPU_BUCKET_BYTES
     size = max(member.layout.largest_shard() for member in members) * members[0].local.element_size()
     length = len(members) if most is None else max(1, most // max(size, 1))
-    for start in range(0, len(members), length):
-        yield members[start : start + length]
+    count = len(members)
+    needed = -(-count // length)
+    runs = next((runs for runs in range(needed, 2 * needed + 1) if count % runs == 0), needed)
+    for index in range(runs):
+        yield members[count * index // runs : count * (index + 1) // runs]
 
 
 def _compute_dtype(layout: StorageLayout, asked: torch.dtype | None) -> torch.dtype:

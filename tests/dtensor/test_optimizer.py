@@ -68,7 +68,8 @@ def test_schedules_compile_once_and_agree_with_eager(algorithm: str, options: di
         torch.testing.assert_close(compiled_weight, eager, rtol=1e-11, atol=1e-13)
 
 
-def test_graphs_do_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [None, 3 * 6 * 24 * 4], ids=["one bucket", "several"])
+def test_graphs_do_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch, most: int | None) -> None:
     # Dynamo alone: how often it is asked is what counts.
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     graphs = {}
@@ -76,7 +77,7 @@ def test_graphs_do_not_grow_with_depth(monkeypatch: pytest.MonkeyPatch) -> None:
         update_of.cache_clear()
         torch._dynamo.utils.counters.clear()
         model = nn.ModuleList(nn.ModuleList([nn.Linear(6, 6), nn.Linear(6, 24)]) for _ in range(layers))
-        optimizer = Muon(param_groups(model), compile=True)
+        optimizer = Muon(param_groups(model), compile=True, max_bucket_bytes=most)
         for parameter in model.parameters():
             parameter.grad = torch.ones_like(parameter)
         for _ in range(2):
@@ -369,14 +370,19 @@ def test_autocast_changes_neither_the_update_nor_its_graph(compile: bool) -> Non
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == int(compile)
 
 
-def test_buckets_are_bounded_by_their_bytes() -> None:
+@pytest.mark.parametrize(
+    ("count", "fit", "lengths"),
+    [(5, 2, [1] * 5), (6, 4, [3, 3]), (7, 3, [2, 2, 3]), (4, 9, [4]), (2, 0, [1, 1])],
+)
+def test_buckets_are_bounded_by_their_bytes(count: int, fit: int, lengths: list[int]) -> None:
+    """And of one length where at most twice as many make that possible: a length is a graph."""
     generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(8, 4, generator=generator) for _ in range(5)]
+    weights = [torch.randn(8, 4, generator=generator) for _ in range(count)]
     results = []
-    for most in (None, 2 * 8 * 4 * 4):
+    for most in (None, fit * 8 * 4 * 4 + 1):
         parameters = [nn.Parameter(weight.clone()) for weight in weights]
         optimizer = Muon(parameters, compile=False, max_bucket_bytes=most)
-        assert [len(bucket.members) for bucket in optimizer.buckets] == ([5] if most is None else [2, 2, 1])
+        assert [len(bucket.members) for bucket in optimizer.buckets] == ([count] if most is None else lengths)
         for parameter, weight in zip(parameters, weights, strict=True):
             parameter.grad = weight.clone()
         optimizer.step()
