@@ -52,8 +52,8 @@ class Common(TypedDict, total=False):
         averaged: whether gradients arrive averaged over ``replicate_mesh``; default True.  Otherwise the step averages
             them; Dion keeps a momentum a rank instead and averages P and R alone, see :class:`Dion`.
         max_bucket_bytes: parameters whose shards take more are stepped in several turns; a turn needs about four times
-            as many bytes for a while, on a GPU six times, Dion at full rank twelve times there.  None (default) for no
-            limit, but 8 MiB for unsharded matrices on a CPU, where that is fastest.
+            as many bytes for a while, on a GPU six times (and Dion, for its bases, 640 MiB or what one matrix takes).
+            None (default) for no limit, but 8 MiB for unsharded matrices on a CPU, where that is fastest.
     """
 
     weight_decay: float

@@ -9,6 +9,8 @@ __all__ = ["cholesky_qr", "orthonormal_basis"]
 
 # A column with this many roundings in it that are new carries no information.
 DEAD_COLUMN_ROUNDINGS = 8
+# Of float64 copies at a time, about five of which are alive.
+WORKING_SET = 128 << 20
 
 
 @torch.library.custom_op("dion_dtensor::orthonormal_basis", mutates_args=())
@@ -56,6 +58,12 @@ def cholesky_qr(stack: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         ``[N, m, r]`` and ``[N, r, r]``, float32; NaN where a Gram matrix is not positive definite.
     """
+    some = max(1, WORKING_SET // max(1, 8 * stack[:1].numel()))
+    columns, triangular = zip(*(_cholesky_qr(part) for part in torch.split(stack, some)), strict=True)
+    return torch.cat(columns), torch.cat(triangular)
+
+
+def _cholesky_qr(stack: Tensor) -> tuple[Tensor, Tensor]:
     columns, triangular = stack.double(), None
     identity = torch.eye(stack.shape[-1], dtype=torch.float64, device=stack.device)
     for _ in range(2):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dion_dtensor.orthonormalize import orthonormal_basis
+from dion_dtensor.orthonormalize import householder, orthonormal_basis
 from dion_dtensor.philox import signs
 from dion_dtensor.rules.sharded_basis import sharded_basis
 
@@ -47,3 +47,32 @@ def test_signs_are_the_same_whoever_asks() -> None:
     assert torch.equal(whole[:40], signs(40, torch.arange(7)))
     assert set(whole.unique().tolist()) == {-1, 1}
     assert abs(float(signs(1000, torch.arange(50)).float().mean())) < 0.02
+
+
+@pytest.mark.parametrize(
+    "working_set", [householder.WORKING_SET, 3 * 8 * 60 * 12], ids=["at once", "in parts"]
+)
+def test_the_basis_by_cholesky_is_that_by_householder(
+    monkeypatch: pytest.MonkeyPatch, working_set: int
+) -> None:
+    """As GPUs take it; columns of very different lengths, and nearly dependent ones."""
+    monkeypatch.setattr(householder, "WORKING_SET", working_set)
+    stack = torch.randn(7, 60, 12, generator=torch.Generator().manual_seed(0))
+    stack[1] *= torch.logspace(0, -30, 12)
+    stack[2] *= 1e19
+    stack[3, :, 5] = stack[3, :, 2] + 1e-4 * stack[3, :, 5]
+    columns, triangular = householder.cholesky_qr(stack)
+    expected = orthonormal_basis(stack.double(), torch.zeros(7, 1, 12, dtype=torch.float64))
+    assert torch.allclose(columns.double(), expected, atol=1e-6)
+    assert torch.allclose(columns.mT @ columns, torch.eye(12).expand(7, -1, -1), atol=2e-6)
+    lengths = stack.norm(dim=1, keepdim=True)
+    assert torch.allclose(columns @ triangular / lengths, stack / lengths, atol=1e-5)
+
+
+def test_cholesky_says_where_columns_are_dependent() -> None:
+    stack = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0))
+    stack[1] = 0
+    stack[2, :, 3] = 0
+    columns, triangular = householder.cholesky_qr(stack)
+    assert bool(columns[0].isfinite().all())
+    assert bool(triangular[1:].isnan().any(-1).any(-1).all())
