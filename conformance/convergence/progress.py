@@ -66,10 +66,10 @@ class Monitor:
     def done(self, task: Task, result: Result | None) -> None:
         """A task has ended."""
         expected = self.plan.seconds[task.name]
-        self._spent += self._now() - self._task_began
-        self._expected += expected
         self._left -= expected
-        if self._expected > 0:
+        if expected > 0:  # one that was finished before says nothing, whatever is trained for it now
+            self._spent += self._now() - self._task_began
+            self._expected += expected
             self.slowness = max(0.3, self._spent / self._expected)
         self._progress.advance(self._bar, expected)
         if result is None:

@@ -10,11 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from conformance.convergence.claims import Measured, verdicts
 from conformance.convergence.drivers import BestPort
 from conformance.convergence.job import key, run_sweep
-from conformance.convergence.planning import Clock, make_plan
+from conformance.convergence.planning import Clock, Plan, make_plan
+from conformance.convergence.progress import Monitor
 from conformance.convergence.store import Store
 from conformance.convergence.studies import ENTRIES, SCALES, Scale, Study, Task, tasks
 from conformance.convergence.sweep import Result, Sweep
@@ -276,3 +278,17 @@ def test_what_a_slow_machine_cuts_off_is_said(
     assert content["done"] == []
     assert "core: AdamW" in content["unfinished"]
     assert "cut off by the deadline: core: AdamW" in capsys.readouterr().out
+
+
+def test_what_was_finished_before_says_nothing_about_speed() -> None:
+    """A resumed sweep may have to train more for such a task; its slowness once cut off all that came after."""
+    times = iter([0.0, 0.0, 100.0, 100.0, 120.0])
+    first, second = MUON, ADAMW
+    plan = Plan((first, second), (), {first.name: 0.0, second.name: 10.0}, None)
+    monitor = Monitor(Console(quiet=True), plan, lambda: next(times, 120.0))
+    monitor.start(first)
+    monitor.done(first, None)
+    assert monitor.slowness == 1.0
+    monitor.start(second)
+    monitor.done(second, None)
+    assert monitor.slowness == 2.0
