@@ -51,7 +51,7 @@ def make_buckets(
             momentum_dtype=options["momentum_dtype"],
             compute_dtype=_compute_dtype(some[0].layout, options["compute_dtype"]),
             compile=options["compile"],
-            recorder=recorder_on(some[0].layout.device, memory, sum(m.local.nbytes for m in some)),
+            recorder=recorder_on(some[0].layout.device, memory, sum(map(_bytes, some))),
         )
         for same in sorted_.values()
         for some in _chunks(same, options["max_bucket_bytes"])
@@ -72,13 +72,18 @@ def _chunks(members: list[Member], most: int | None) -> Iterator[list[Member]]:
         and first.layout.device.type == "cpu"
     ):
         most = CPU_BUCKET_BYTES
-    size = max(member.layout.largest_shard() for member in members) * members[0].local.element_size()
+    size = max(map(_bytes, members))
     length = len(members) if most is None else max(1, most // max(size, 1))
     count = len(members)
     needed = -(-count // length)
     runs = next((runs for runs in range(needed, 2 * needed + 1) if count % runs == 0), needed)
     for index in range(runs):
         yield members[count * index // runs : count * (index + 1) // runs]
+
+
+def _bytes(member: Member) -> int:
+    """Of the largest shard on any rank."""
+    return int(member.layout.largest_shard() * member.local.element_size())
 
 
 def _compute_dtype(layout: StorageLayout, asked: torch.dtype | None) -> torch.dtype:
