@@ -10,8 +10,8 @@ from conformance.convergence.drivers import Port
 from conformance.convergence.studies import Task
 from conformance.convergence.training import Run, Trainer
 
-TUNING_RUNS = {"adamw": 13, "lion": 13}
-OTHER_TUNING_RUNS = 9
+TUNING_RUNS = {"adamw": 15, "lion": 15}
+OTHER_TUNING_RUNS = 11
 EXTRA_BUDGETS = {"adamw": 2.12}
 OTHER_EXTRA_BUDGETS = 1.0
 """Steps of the further budgets that bracket the target, over the study's own."""

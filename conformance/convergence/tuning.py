@@ -42,7 +42,8 @@ def snapped(lr: float) -> float:
 def tune(run: Run, loss: Loss, start: float) -> Tuned:
     """Finds the rate and the momentum (mu, or the betas of AdamW and Lion) with the smallest loss.
 
-    One after the other, until neither changes: all rules get the same search, or the one with more freedom wins.
+    One after the other, and both at once, a smaller rate with a larger momentum and the reverse, since the valley of
+    the loss lies along that; until nothing changes. All rules get the same search, or the one with more freedom wins.
 
     Args:
         run: everything but the rate; `mu` or `betas` in its `hyper` is where that search begins.
@@ -64,6 +65,8 @@ def tune(run: Run, loss: Loss, start: float) -> Tuned:
         before = best
         for name, place in momenta:
             best = _best_decay(best, value, name, place)
+            if place < 1:  # mu, or the first beta
+                best = _best_decay(best, value, name, place, slanted=True)
         best = _best_rate(best, value)
         if best == before:
             break
@@ -93,8 +96,8 @@ def _places(value: float | tuple[float, float]) -> tuple[int, ...]:
     return (1, 0) if isinstance(value, tuple) else (-1,)
 
 
-def _best_decay(run: Run, value: Loss, name: str, place: int) -> Run:
-    """Walks one decay factor along the grid while it gets better.
+def _best_decay(run: Run, value: Loss, name: str, place: int, slanted: bool = False) -> Run:
+    """Walks one decay factor along the grid while it gets better; slanted, the rate the other way with it.
 
     An average over more steps than the run has is refused, since it would stay where it began; AdamW corrects that.
     """
@@ -102,12 +105,14 @@ def _best_decay(run: Run, value: Loss, name: str, place: int) -> Run:
     values = sorted({*DECAYS, start})
     best, best_loss = run, value(run)
     for direction in (1, -1):
-        decay = start
+        decay, lr = start, run.lr
         while True:
-            decay = _neighbour(values, decay, direction)
+            if decay == (decay := _neighbour(values, decay, direction)):
+                break  # there is no smaller one
+            lr = lr / FACTOR**direction if slanted else lr
             if run.algorithm != "adamw" and (1 - decay) * run.steps < 1:
                 break
-            following = _with_decay(run, name, place, decay)
+            following = _with_decay(replace(run, lr=lr), name, place, decay)
             if value(following) >= best_loss:
                 break
             best, best_loss = following, value(following)

@@ -60,6 +60,20 @@ def test_the_best_momentum_is_found_wherever_the_search_begins(start: float, bes
     assert dict(found.run.hyper)["mu"] == best
 
 
+def test_a_valley_along_which_both_change_is_followed() -> None:
+    """Neither the rate nor the momentum alone leads on from where the search begins."""
+    momenta = (0.0, 0.2, 0.6, 0.8, 0.9)
+
+    def loss(run: Run) -> float:
+        rate, momentum = math.log2(run.lr / 0.01), momenta.index(dict(run.hyper)["mu"])
+        return 10 * (rate + momentum - 4) ** 2 + (rate - momentum + 2) ** 2
+
+    run = Run(Spec(), "muon", (("mu", 0.2),), 8, 12, 0.0, 0)
+    found = tune(run, loss, 0.08)
+    assert (dict(found.run.hyper)["mu"], found.run.lr) == (0.8, pytest.approx(0.02))
+    assert not found.at_edge
+
+
 @pytest.mark.parametrize(("algorithm", "most"), [("lion", 0.98), ("adamw", 0.995)])
 def test_no_average_is_longer_than_the_run(algorithm: str, most: float) -> None:
     """A momentum that never moves is another rule; AdamW's averages are corrected."""
