@@ -45,6 +45,12 @@ def _set_gradients(named: list[tuple[str, nn.Parameter]], step: int) -> None:
         parameter.grad = torch.randn(parameter.shape, generator=generator).cuda()
 
 
+def _train(optimizer: OrthonormalOptimizer, named: list[tuple[str, nn.Parameter]], steps: int) -> None:
+    for step in range(steps):
+        _set_gradients(named, step)
+        optimizer.step()
+
+
 def _weights(named: list[tuple[str, nn.Parameter]]) -> list[Tensor]:
     return [parameter.detach().clone() for _, parameter in named]
 
@@ -119,9 +125,7 @@ def test_a_loaded_state_is_that_of_the_next_recorded_step() -> None:
 def test_a_bad_gradient_changes_nothing_though_the_step_is_recorded() -> None:
     named = _named()
     optimizer = make("muon", named, compile=True, capture=True)
-    for step in range(WARM_UP + 2):
-        _set_gradients(named, step)
-        optimizer.step()
+    _train(optimizer, named, WARM_UP + 2)
     before = _weights(named)
     assert named[2][1].grad is not None
     named[2][1].grad[0, 0] = torch.nan
@@ -133,9 +137,7 @@ def test_a_bad_gradient_changes_nothing_though_the_step_is_recorded() -> None:
 def test_a_moved_weight_is_recorded_anew() -> None:
     named = _named()
     optimizer = make("muon", named, compile=True, capture=True)
-    for step in range(WARM_UP + 2):
-        _set_gradients(named, step)
-        optimizer.step()
+    _train(optimizer, named, WARM_UP + 2)
     named[0][1].data = named[0][1].data.clone()
     before = named[0][1].detach().clone()
     for step in range(WARM_UP + 2):
@@ -149,15 +151,11 @@ def test_a_moved_weight_is_recorded_anew() -> None:
 def test_graphs_can_be_released() -> None:
     named = _named()
     optimizer = make("muon", named, compile=True, capture=True)
-    for step in range(WARM_UP + 1):
-        _set_gradients(named, step)
-        optimizer.step()
+    _train(optimizer, named, WARM_UP + 1)
     assert any(_graphs(optimizer))
     optimizer.release_graphs()
     assert not any(_graphs(optimizer))
-    for step in range(WARM_UP + 2):
-        _set_gradients(named, step)
-        optimizer.step()
+    _train(optimizer, named, WARM_UP + 2)
     assert any(_graphs(optimizer))
 
 
@@ -210,7 +208,7 @@ def test_the_decay_of_narrow_weights_is_not_rounded_away(capture: bool) -> None:
     for storage in (torch.bfloat16, torch.float32):
         generator = torch.Generator().manual_seed(0)
         weight = torch.randn(40, 30, generator=generator).bfloat16().to("cuda", storage)
-        parameter = nn.Parameter(weight)
+        parameter = nn.Parameter(weight.clone())
         options = {"lr": 1e-2, "weight_decay": 0.1, "momentum_dtype": torch.float32, "capture": capture}
         optimizer = make("lion", [("weight", parameter)], compile=True, **options)
         for _ in range(WARM_UP + 2):
