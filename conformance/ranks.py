@@ -63,8 +63,8 @@ def one_line(error: BaseException, limit: int = 600) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-BACKENDS = {"cpu": "gloo", "cuda": "nccl"}
-"""The usual backend by device."""
+BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo")}
+"""By device, the usual backend first."""
 STAGED_GLOO = "staged_gloo"
 """gloo that goes by the host, for ranks that share GPUs."""
 
@@ -74,7 +74,7 @@ def backend_of(device: torch.device, asked: str | None) -> str:
     if asked == STAGED_GLOO or (asked == "gloo" and device.type == "cuda"):
         importlib.import_module("conformance.staged_gloo")  # registers it
         return STAGED_GLOO
-    return asked or BACKENDS[device.type]
+    return asked or BACKENDS[device.type][0]
 
 
 def device_of(kind: str, local_rank: int, backend: str | None = None) -> torch.device:

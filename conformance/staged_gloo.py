@@ -151,6 +151,7 @@ class StagedGloo(dist.ProcessGroup):
         """What torch registered it as."""
         return dist.distributed_c10d._world.pg_names[self]
 
+    # torch asks for it by this name.
     def getBackendName(self) -> str:  # noqa: N802
         """Its name."""
         return STAGED_GLOO

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dion_dtensor.assembly import averaged, scattered
-from dion_dtensor.captured import Recorder
+from dion_dtensor.captured import Recorder, joined
 from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
 from dion_dtensor.paths import chosen_path, path_of
 from dion_dtensor.planning import Choice
@@ -187,8 +187,8 @@ class Bucket:
         scalars, scale, plan = self._filled_scalars(count), self._scale(), self._plan(members)
         parts = self._parts(members, grads)
 
-        def update(joined: Tensor) -> None:
-            changes = update_of(plan)(joined, stacks, scalars, scale)
+        def update(grad: Tensor) -> None:
+            changes = update_of(plan)(grad, stacks, scalars, scale)
             self._apply(members, list(self._split(changes, members, None)), scalars["decay"])
 
         if every and self.recorder is not None and self._capturable():
@@ -199,7 +199,7 @@ class Bucket:
             )
             self.recorder.take((plan, self.group["cautious"], scale.data_ptr(), weights), parts, update)
             return
-        update(parts[0].contiguous() if len(parts) == 1 else torch.cat(parts))
+        update(joined(parts))
         if not every:
             for key, stack in stacks.items():
                 for member, entries in zip(members, self._split(stack, members, key), strict=True):
@@ -319,9 +319,10 @@ class Bucket:
         """Whether the host waits for no values of the device in an update."""
         if self.rule.reads_values != "exchange":
             return self.rule.reads_values == "never"
-        form, choice = self.members[0].form, self.choice
-        assembled = choice is not None and choice.way == "assemble"
-        return assembled or self.way() == "local" or (form is not None and form.entry.mesh is None)
+        if (choice := self.choice) is not None:
+            return choice.way == "assemble"
+        form = self.members[0].form
+        return form is not None and (form.kind != "whole" or form.entry.mesh is None)
 
     def _parts(self, members: Sequence[Member], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Local shards of the parameters' shapes as parts of the local stack."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Memory", "Recorder", "recorder_on"]
+__all__ = ["Memory", "Recorder", "joined", "recorder_on"]
 
 # Steps that are taken as ever before a recording: what is compiled, tuned or allocated once comes to be there.
 WARM_UP = 2
@@ -32,7 +32,7 @@ class Memory:
         self.largest = 0
         """Bytes of the largest input to come."""
         self.recorded: set[Recorder] = set()
-        # Of its own: cuBLAS keeps a workspace a stream, and a graph that goes takes it along.
+        # Of its own: cuBLAS keeps a workspace a stream, and a graph that goes takes it along.  It has no types.
         self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._pool = torch.cuda.graph_pool_handle()
         self._bytes = torch.empty(0, dtype=torch.uint8, device=device)
@@ -81,7 +81,7 @@ class Recorder:
         return self._graph is not None
 
     def take(self, key: Hashable, parts: Sequence[Tensor], update: Callable[[Tensor], None]) -> None:
-        """``update(torch.cat(parts))``.
+        """``update(joined(parts))``.
 
         Warns once if it cannot be recorded, for want of memory say, and takes it as ever.
 
@@ -98,7 +98,7 @@ class Recorder:
         if self._turns > WARM_UP and not self._refused and self._graph is None:
             self._record(parts, update)
         if self._graph is None:
-            update(torch.cat(list(parts)))
+            update(joined(parts))
             return
         assert self._input is not None
         torch.cat(list(parts), out=self._input)
@@ -124,6 +124,11 @@ class Recorder:
             return
         self._graph, self._input = graph, given
         memory.recorded.add(self)
+
+
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """``parts`` along dim 0, contiguous; a view if there is one only."""
+    return parts[0].contiguous() if len(parts) == 1 else torch.cat(list(parts))
 
 
 def _switches() -> Hashable:

@@ -121,18 +121,19 @@ def measure_all(
         cases: what is stepped, one after the other.
         rounds: at least 1.
         jobs: first steps that may run at a time; the others never do.
-        patience: seconds that a first step may take; who takes longer has failed.
+        patience: seconds for an answer; who takes longer has failed.
         names, memory, told: as there.
     """
     entries = [Entry(case, name) for case in cases for name in names or available(case)]
     workers: dict[int, Worker] = {}
     with ExitStack() as stack:
 
-        def attempt(entry: Entry, action: Callable[[Worker], None]) -> None:
+        def asked(entry: Entry, question: Callable[[Worker], float]) -> float | None:
             try:
-                action(workers[id(entry)])
+                return question(workers[id(entry)])
             except WorkerError as error:
                 entry.failure = str(error)
+                return None
 
         def begin(entry: Entry) -> None:
             told(f"{entry.case}: first step of {entry.name}")
@@ -155,11 +156,12 @@ def measure_all(
                 alive = [entry for entry in own if not entry.failure]
                 turn = index % max(1, len(alive))
                 for entry in alive[turn:] + alive[:turn]:
-                    attempt(entry, lambda worker, entry=entry: entry.steps.append(worker.step()))  # type: ignore[misc]
+                    if (seconds := asked(entry, Worker.step)) is not None:
+                        entry.steps.append(seconds)
             for entry in own:
                 if memory and not entry.failure:
                     told(f"{case}: memory of {entry.name}")
-                    attempt(entry, lambda worker, entry=entry: setattr(entry, "memory", worker.memory()))  # type: ignore[misc]
+                    entry.memory = asked(entry, Worker.memory) or 0.0
             _compare(own)
             yield own
 

@@ -9,6 +9,7 @@ from math import ceil
 import torch
 from torch import Tensor
 
+from conformance.bench.timing import timed
 from dion_ref import POLYNOMIALS
 
 __all__ = ["bare_products", "flops", "peak"]
@@ -76,14 +77,7 @@ def peak(dtype: torch.dtype, size: int = 8192) -> float:
         size: rows and columns of both.
     """
     left, right = (torch.randn(size, size, device="cuda").to(dtype) for _ in range(2))
-    seconds = []
-    for _ in range(13):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        torch.mm(left, right)
-        end.record()
-        torch.cuda.synchronize()
-        seconds.append(float(start.elapsed_time(end)) / 1e3)
+    seconds = [timed(lambda: torch.mm(left, right), "cuda") for _ in range(13)]
     return 2.0 * size**3 / statistics.median(seconds[3:])
 
 

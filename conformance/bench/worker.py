@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from types import TracebackType
@@ -14,6 +13,7 @@ from typing import Any
 from unittest import mock
 
 from conformance.bench.contenders import Case
+from conformance.bench.timing import timed
 
 __all__ = ["LIMIT", "Worker", "WorkerError", "silence"]
 
@@ -109,7 +109,7 @@ def _work(name: str, case: Case, pipe: Connection) -> None:
         pipe.send((True, None))
         while True:
             question = pipe.recv()
-            pipe.send((True, _timed(step, case.device) if question == "step" else _peak(step, case.device)))
+            pipe.send((True, timed(step, case.device) if question == "step" else _peak(step, case.device)))
     except (EOFError, BrokenPipeError):
         return
     except Exception as error:
@@ -121,22 +121,6 @@ def silence() -> None:
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 1)
     os.dup2(nowhere, 2)
-
-
-def _timed(step: Callable[[], object], device: str) -> float:
-    import torch
-
-    if device != "cuda":
-        began = time.perf_counter()
-        step()
-        return time.perf_counter() - began
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    torch.cuda.synchronize()
-    start.record()
-    step()
-    end.record()
-    torch.cuda.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
 
 
 def _peak(step: Callable[[], object], device: str) -> float:

@@ -107,7 +107,8 @@ def _best_decay(run: Run, value: Loss, name: str, place: int, slanted: bool = Fa
     for direction in (1, -1):
         decay, lr = start, run.lr
         while True:
-            if decay == (decay := _neighbour(values, decay, direction)):
+            before, decay = decay, _neighbour(values, decay, direction)
+            if decay == before:
                 break  # there is no smaller one
             lr = lr / FACTOR**direction if slanted else lr
             if run.algorithm != "adamw" and (1 - decay) * run.steps < 1:

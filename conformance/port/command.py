@@ -19,6 +19,7 @@ from conformance.port.runner import Run, Selection, jobs, run_vectors
 from conformance.port.selection import SelectionError, check_known, levels_of, read_known
 from conformance.port.targets import check_targets
 from conformance.port.worker import Worker
+from conformance.ranks import BACKENDS
 from conformance.report.live import live_bar
 from conformance.vectors import VectorError, VectorSet, load
 
@@ -138,12 +139,11 @@ def check_backend(device: str, backend: str | None) -> None:
     Raises:
         SelectionError: another device or backend.
     """
-    known = {"cpu": ("gloo",), "cuda": ("nccl", "gloo")}
-    if device not in known:
-        raise SelectionError(f"{device!r} is no device; choose from {', '.join(known)}")
-    if backend not in (None, *known[device]):
+    if device not in BACKENDS:
+        raise SelectionError(f"{device!r} is no device; choose from {', '.join(BACKENDS)}")
+    if backend not in (None, *BACKENDS[device]):
         raise SelectionError(
-            f"on {device} the backend is {' or '.join(known[device])}, not {backend!r}; give --device as well"
+            f"on {device} the backend is {' or '.join(BACKENDS[device])}, not {backend!r}; give --device as well"
         )
 
 

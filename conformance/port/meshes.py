@@ -103,7 +103,7 @@ def run_meshes(
                 on_verdict(verdict)
 
             log = Log(finish)
-            failure = _start(adapter, todo, log, ranks, (device, backend), timeout, folder)
+            failure = _start(adapter, todo, log, ranks, device, backend, timeout, folder)
             done = set(log.finished)
             if failure is not None:
                 blamed = log.started.get(failure.rank, max(log.started.values(), default=0))
@@ -153,7 +153,8 @@ def _start(
     todo: Sequence[Job],
     log: Log,
     ranks: int,
-    place: tuple[str, str | None],
+    device: str,
+    backend: str | None,
     timeout: float,
     folder: str,
 ) -> launch.RankFailedError | None:
@@ -163,8 +164,8 @@ def _start(
             program,
             work,
             ranks=ranks,
-            device=place[0],
-            backend=place[1],
+            device=device,
+            backend=backend,
             on_event=log,
             timeout=timeout + 30,  # the watchdog, which can say more, comes first
             preload=["conformance.port.mesh_program"],

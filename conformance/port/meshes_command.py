@@ -112,7 +112,7 @@ def meshes(
             if one.status == FAIL and "other run" in one.message:
                 line(one)
     seconds = time.monotonic() - began
-    about = output.facts(run, adapter, f"meshes, {backend or BACKENDS[device]} on {device}", seconds)
+    about = output.facts(run, adapter, f"meshes, {backend or BACKENDS[device][0]} on {device}", seconds)
     output.show(run, adapter, console, seconds)
     if save is not None:
         write(save, kept)

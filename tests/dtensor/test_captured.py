@@ -17,6 +17,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dion_dtensor import Dion2, Muon
 from dion_dtensor.captured import WARM_UP, Recorder, recorder_on
+from dion_dtensor.optimizer import OrthonormalOptimizer
 from tests.dtensor.small import make
 
 
@@ -36,6 +37,14 @@ def _parameters() -> list[tuple[str, nn.Parameter]]:
     return [(f"layer{i}.weight", nn.Parameter(torch.randn(8, 6, generator=generator))) for i in range(3)]
 
 
+def _noted(optimizer: OrthonormalOptimizer) -> Taken:
+    """The stand-in that the optimizer's one bucket has from now on."""
+    (bucket,) = optimizer.buckets
+    taken = Taken()
+    bucket.recorder = taken  # type: ignore[assignment]  # of a recorder it has what a bucket calls
+    return taken
+
+
 def _step(optimizer: Any, named: list[tuple[str, nn.Parameter]], seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, parameter in named:
@@ -53,8 +62,7 @@ def _step(optimizer: Any, named: list[tuple[str, nn.Parameter]], seed: int) -> N
 def test_what_waits_for_values_of_the_device_is_not_recorded(rule: str, recorded: bool) -> None:
     named = _parameters()
     optimizer = make(rule, named)
-    (bucket,) = optimizer.buckets
-    bucket.recorder = taken = Taken()  # type: ignore[assignment]
+    taken = _noted(optimizer)
     _step(optimizer, named, 0)
     assert bool(taken.keys) == recorded
 
@@ -62,8 +70,7 @@ def test_what_waits_for_values_of_the_device_is_not_recorded(rule: str, recorded
 def test_fused_steps_are_not_recorded() -> None:
     named = _parameters()
     optimizer = make("adamw", named, compile=True)
-    (bucket,) = optimizer.buckets
-    bucket.recorder = taken = Taken()  # type: ignore[assignment]
+    taken = _noted(optimizer)
     _step(optimizer, named, 0)
     assert not taken.keys
 
@@ -97,8 +104,7 @@ def test_chosen_rows_that_travel_are_not_recorded(
 def test_a_recording_outlives_what_changes_from_step_to_step() -> None:
     named = _parameters()
     optimizer = Dion2(named, compile=False)
-    (bucket,) = optimizer.buckets
-    bucket.recorder = taken = Taken()  # type: ignore[assignment]
+    taken = _noted(optimizer)
     group = optimizer.param_groups[0]
     for step in range(3):
         group["lr"], group["mu"], group["weight_decay"] = 0.1 / (step + 1), 0.9 + 0.01 * step, 0.01 * step
@@ -116,8 +122,7 @@ def test_a_recording_outlives_what_changes_from_step_to_step() -> None:
 def test_a_step_without_some_gradient_is_taken_as_ever() -> None:
     named = _parameters()
     optimizer = Muon(named, compile=False)
-    (bucket,) = optimizer.buckets
-    bucket.recorder = taken = Taken()  # type: ignore[assignment]
+    taken = _noted(optimizer)
     named[0][1].grad = torch.ones(8, 6)
     before = named[1][1].detach().clone()
     optimizer.step()
