@@ -118,9 +118,9 @@ def steps_by_batch(measured: Measured) -> Figure | None:
     axes.set_xscale("log")
     axes.xaxis.set_major_locator(FixedLocator(sorted(batches)))
     axes.xaxis.set_minor_locator(NullLocator())
-    budget = {measured.batch_of(study): measured.budget_of(study) for study in studies}
-    axes.set_xticklabels([f"{batch}\n{budget[batch]} steps" for batch in sorted(batches)])
-    axes.set_xlabel("sequences in a batch (below: the step budget at which both sides were tuned)")
+    axes.set_xticklabels([str(batch) for batch in sorted(batches)])
+    budgets = sorted({measured.budget_of(study) for study in studies})
+    axes.set_xlabel(f"sequences in a batch; both sides tuned at {', '.join(map(str, budgets))} steps")
     axes.set_ylabel("steps to AdamW's loss, over AdamW's steps")
     axes.set_title(
         f"{measured.workload(studies[0])}. Below 1: fewer steps than AdamW. Bars: 95% intervals over seeds.",

@@ -124,7 +124,7 @@ class Scale:
 
     Attributes:
         core_batch, core_steps: of the study in which all rules meet.
-        batches: the others, with their steps.
+        batches: the others. All get the same steps, so that a trend is one of the batch size alone.
         long_steps: of the study of error feedback.
         widths: of the models of the width trend; the first is the core's.
         spec: the core's workload.
@@ -135,7 +135,7 @@ class Scale:
 
     core_batch: int = 20
     core_steps: int = 160
-    batches: tuple[tuple[int, int], ...] = ((200, 50), (2, 320), (6, 240), (63, 80))
+    batches: tuple[int, ...] = (200, 2, 6, 63)
     long_steps: int = 320
     widths: tuple[int, ...] = (64, 128, 256, 384)
     spec: Spec = field(default_factory=Spec)
@@ -170,7 +170,7 @@ def tasks(scale: Scale) -> list[Task]:
     """Every task of a sweep, the most telling first; a plan takes them in this order."""
     core = Study("core", "batch", scale.spec, scale.core_batch, scale.core_steps, scale.seeds,
                  micro=scale.micro, scalar_lr=scale.scalar_lr, schedule=scale.schedule)  # fmt: skip
-    batches = [replace(core, name=f"batch {b}", batch=b, steps=steps) for b, steps in scale.batches]
+    batches = [replace(core, name=f"batch {batch}", batch=batch) for batch in scale.batches]
     long = replace(core, name="error feedback", kind="fraction", steps=scale.long_steps, with_steps=False)
     widths = [
         replace(
@@ -215,7 +215,6 @@ SCALES: Mapping[str, Scale] = {
     "small": Scale(
         spec=Spec(width=128, layers=4, length=64),
         core_steps=400,
-        batches=((200, 200), (2, 800), (6, 600), (63, 300)),
         long_steps=1000,
         widths=(128, 256, 384),
     ),
@@ -223,7 +222,7 @@ SCALES: Mapping[str, Scale] = {
         spec=Spec(width=768, layers=12, length=1024, heads=6),
         core_batch=1024,
         core_steps=3000,
-        batches=((4096, 1500), (256, 6000)),
+        batches=(4096, 256),
         long_steps=6000,
         widths=(768, 384, 1536),
         micro=16,

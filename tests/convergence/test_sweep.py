@@ -25,7 +25,7 @@ from conformance.convergence.tuning import Tuned
 from conformance.convergence.workloads import Spec
 
 TINY = Spec(width=32, layers=1, length=8, data="new-testament")
-SCALE = Scale(4, 8, ((8, 6), (2, 6)), 10, (32, 64), TINY, seeds=2, vision_steps=4, images="digits")
+SCALE = Scale(4, 8, (8, 2), 10, (32, 64), TINY, seeds=2, vision_steps=4, images="digits")
 STUDY = Study("core", "batch", TINY, 4, 8, seeds=2)
 MUON = Task(STUDY, ENTRIES["Muon"])
 ADAMW = Task(STUDY, ENTRIES["AdamW"])
@@ -62,6 +62,8 @@ def test_the_plan_covers_what_the_claims_need() -> None:
         assert {f"Dion2 {mark}", f"Dion3 {mark}"} <= labels
     batches = {task.study.batch for task in every if task.study.kind == "batch"}
     assert max(batches) / min(batches) >= 100
+    # or a trend over the batch size would be one over the steps as well
+    assert len({task.study.steps for task in every if task.study.kind == "batch"}) == 1
     assert {64, 128, 256, 384} <= {task.study.spec.width for task in every}
     assert {"vit", "resnet", "gpt"} == {task.study.spec.kind for task in every}
     assert len({key(task) for task in every}) == len(every)
@@ -103,6 +105,25 @@ def test_a_killed_sweep_goes_on_where_it_stopped(tmp_path: Path) -> None:
     assert whole is not None
     assert resumed is not None
     assert (resumed.tuned, resumed.losses) == (whole.tuned, whole.losses)
+
+
+def test_a_search_begins_where_one_on_the_same_kind_of_model_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    began: list[float] = []
+
+    def found(run: Run, loss: object, start: float) -> Tuned:
+        began.append(start)
+        return Tuned(replace(run, lr=2 * start), ((start, 1.0),), False, 1)
+
+    monkeypatch.setattr("conformance.convergence.sweep.tune", found)
+    sweep = Sweep(Store(tmp_path), BestPort())
+    monkeypatch.setattr(sweep, "outcome", lambda run: Outcome((1.0,), 1.0, 0.1, 0.1, "x"))
+    images = replace(STUDY, name="images", spec=replace(STUDY.spec, kind="vit"))
+    for study in (STUDY, images, replace(STUDY, name="wider")):
+        sweep.do(Task(study, ENTRIES["Muon"]))
+    start = ENTRIES["Muon"].start
+    assert began == [start, start, 2 * start]
 
 
 def test_a_file_cut_off_in_the_middle_is_trained_again(tmp_path: Path) -> None:
@@ -251,7 +272,7 @@ def _with_step_times(folder: Path, seconds: float) -> None:
 def test_a_budget_is_kept_and_everything_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _with_step_times(tmp_path, 0.06)
     clock = _time_of_steps(monkeypatch, 0.05)
-    scale = replace(SCALE, vision_steps=80, batches=((8, 60), (2, 60)))  # one task fits
+    scale = replace(SCALE, vision_steps=80, batches=(8, 2))  # one task fits
     assert run_sweep(scale, tmp_path, 0.25, "cpu", now=clock) == 0
     assert clock() <= 15
     content = json.loads((tmp_path / "results.json").read_text())
