@@ -232,7 +232,7 @@ def _grows_with_batch(measured: Measured) -> list[Verdict]:
         made.append(
             Verdict(
                 f"the margin over AdamW grows with the batch size ({label})",
-                f"batch {', '.join(map(str, sorted(ratios)))}, {measured.budget_of(studies[0])} steps, each its own target",
+                f"batch {', '.join(map(str, sorted(ratios)))}; {measured.budget_of(studies[0])} steps, own targets",
                 verdict,
                 math.exp(slope.mean),
                 math.exp(slope.low),

@@ -73,7 +73,7 @@ class Sweep:
     seconds_of: Callable[[Run], float] = lambda run: 0.0
     now: Callable[[], float] = time.monotonic
     results: list[Result] = field(default_factory=list)
-    best: dict[tuple[str, str], Run] = field(default_factory=dict)
+    best: dict[tuple[str, ...], Run] = field(default_factory=dict)
 
     def outcome(self, run: Run) -> Outcome:
         """The run's outcome, from the store or trained now.
@@ -100,14 +100,16 @@ class Sweep:
         """Does a task and keeps its result; None if not even its rate could be found before the deadline."""
         study, entry = task.study, task.entry
         run = study.run(entry, entry.start, 0, study.steps)
-        place = (entry.label, study.spec.kind)
-        if place in self.best:  # of the study before on such a model: only where the search begins
-            run = replace(run, lr=self.best[place].lr, hyper=self.best[place].hyper)
+        # where the search begins: a study of the same kind, or at least one on such a model, was there before
+        places = (entry.label, study.spec.kind, study.kind), (entry.label, study.spec.kind)
+        before = next((self.best[place] for place in places if place in self.best), None)
+        if before is not None:
+            run = replace(run, lr=before.lr, hyper=before.hyper)
         try:
             tuned = tune(run, lambda one: self.outcome(one).held_out, run.lr)
         except OutOfTimeError:
             return None
-        self.best[place] = tuned.run
+        self.best |= dict.fromkeys(places, tuned.run)
         outcomes: dict[int, dict[int, Outcome]] = {}
         complete = True
         try:

@@ -120,10 +120,11 @@ def test_a_search_begins_where_one_on_the_same_kind_of_model_ended(
     sweep = Sweep(Store(tmp_path), BestPort())
     monkeypatch.setattr(sweep, "outcome", lambda run: Outcome((1.0,), 1.0, 0.1, 0.1, "x"))
     images = replace(STUDY, name="images", spec=replace(STUDY.spec, kind="vit"))
-    for study in (STUDY, images, replace(STUDY, name="wider")):
+    wide = replace(STUDY, name="wide", kind="width")
+    for study in (STUDY, images, wide, replace(STUDY, name="batch 2"), replace(wide, name="wider")):
         sweep.do(Task(study, ENTRIES["Muon"]))
     start = ENTRIES["Muon"].start
-    assert began == [start, start, 2 * start]
+    assert began == [start, start, 2 * start, 2 * start, 4 * start]
 
 
 def test_a_file_cut_off_in_the_middle_is_trained_again(tmp_path: Path) -> None:
