@@ -13,7 +13,7 @@ from dion_dtensor.layout import StorageLayout
 from dion_dtensor.members import Member
 from dion_dtensor.rules import Rule
 
-__all__ = ["make_buckets"]
+__all__ = ["CPU_BUCKET_BYTES", "make_buckets", "runs_of"]
 
 # Of whole matrices on a CPU, beyond which batches gain nothing and leave its caches (measured, AVX2).
 CPU_BUCKET_BYTES = 8 << 20
@@ -72,13 +72,17 @@ def _chunks(members: list[Member], most: int | None) -> Iterator[list[Member]]:
         and first.layout.device.type == "cpu"
     ):
         most = CPU_BUCKET_BYTES
-    size = max(map(_bytes, members))
-    length = len(members) if most is None else max(1, most // max(size, 1))
     count = len(members)
-    needed = -(-count // length)
-    runs = next((runs for runs in range(needed, 2 * needed + 1) if count % runs == 0), needed)
+    runs = runs_of(count, max(map(_bytes, members)), most)
     for index in range(runs):
         yield members[count * index // runs : count * (index + 1) // runs]
+
+
+def runs_of(count: int, size: int, most: int | None) -> int:
+    """How many runs ``count`` shards of ``size`` bytes make, ``most`` bytes in each."""
+    length = count if most is None else max(1, most // max(size, 1))
+    needed = -(-count // length)
+    return next((runs for runs in range(needed, 2 * needed + 1) if count % runs == 0), needed)
 
 
 def _bytes(member: Member) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 from unittest import mock
 
 from conformance.bench.contenders import Case
-from conformance.bench.timing import timed
+from conformance.bench.timing import keep_freed_memory, timed
 
 __all__ = ["LIMIT", "Worker", "WorkerError", "silence"]
 
@@ -105,6 +105,7 @@ def _work(name: str, case: Case, pipe: Connection) -> None:
         from conformance.bench.contenders import stepper
 
         torch.set_num_threads(case.threads)
+        keep_freed_memory()
         step = stepper(name, case)
         pipe.send((True, None))
         while True:

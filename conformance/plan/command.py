@@ -56,8 +56,17 @@ def plan(
     ] = False,
     ranks: Annotated[
         str,
-        typer.Option("--hardware", help="h100: hosts of eight; here: this CPU, measured, links left out."),
+        typer.Option(
+            "--hardware",
+            help="h100: hosts of eight; here: this CPU, its products timed one by one, links left out.",
+        ),
     ] = "h100",
+    compute_dtype: Annotated[
+        str | None,
+        typer.Option(
+            help="Of the orthonormalization.  [default: as the optimizers': bfloat16, float32 for here]"
+        ),
+    ] = None,
     efficiency: Annotated[
         float, typer.Option(min=0.01, max=1.0, help="Share of an H100's peaks that is reached.")
     ] = 0.6,
@@ -78,10 +87,13 @@ def plan(
     ranks are H100s in hosts of eight. Exit status 0 if all was counted.
     """
     # Imported here: `--help` need not wait for torch.
+    import torch
+
     from conformance.plan.estimate import MESH_AXES, candidate, estimates
     from conformance.plan.figure import draw
     from conformance.plan.hardware import h100, this_machine
     from conformance.plan.models import model_of
+    from conformance.plan.operators import Stopwatch
     from conformance.port.output import json_bytes, write_whole
 
     sizes = _sizes(mesh)
@@ -95,6 +107,10 @@ def plan(
         built = model_of(model)
         if ranks not in ("h100", "here"):
             raise ValueError(f"--hardware {ranks!r} must be h100 or here")
+        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        if compute_dtype not in (None, *dtypes):
+            raise ValueError(f"--compute-dtype {compute_dtype!r} must be one of {', '.join(dtypes)}")
+        computed = dtypes[compute_dtype or ("float32" if ranks == "here" else "bfloat16")]
         known = h100(sizes, efficiency) if ranks == "h100" else this_machine(sizes)
         hardware = _with(known, flops, bandwidth, latency, len(sizes))
     except ValueError as error:
@@ -107,7 +123,19 @@ def plan(
         def told(said: str) -> None:
             progress.update(task, description=said[:40].ljust(40), advance=1)
 
-        done = estimates(built, sizes, names, chosen, hardware, gradients=gradients, told=told)
+        # stated rates are meant to be used
+        stopwatch = Stopwatch() if ranks == "here" and not flops else None
+        done = estimates(
+            built,
+            sizes,
+            names,
+            chosen,
+            hardware,
+            gradients=gradients,
+            compute_dtype=computed,
+            stopwatch=stopwatch,
+            told=told,
+        )
     what = "Optimizer step and averages of gradients" if gradients else "Optimizer step"
     title = f"{built.name} ({built.size / 1e9:.3g}B parameters) on {'x'.join(map(str, sizes))} ({', '.join(names)})"
     console.print(_table(f"{what}, {title}", done, names))

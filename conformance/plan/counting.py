@@ -20,6 +20,7 @@ from torch.distributed.tensor import Placement
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conformance.plan.operators import Operator
 from dion_dtensor import exchange
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.orthonormalize.gram import iterate
@@ -29,7 +30,7 @@ from dion_dtensor.planning.predict import basis_flops
 from dion_dtensor.rules import RULES
 from dion_dtensor.updates import Plan, update_of
 
-__all__ = ["Launched", "Recorder", "count", "fake_mesh", "launched"]
+__all__ = ["Launched", "Recorder", "fake_mesh", "launched"]
 
 RANKS_PER_HOST = 8
 COLLECTIVES = {
@@ -38,6 +39,7 @@ COLLECTIVES = {
     "_c10d_functional.reduce_scatter_tensor": "reduce_scatter",
     "_c10d_functional.all_reduce": "all_reduce",
 }
+SORTS = ("aten.sort", "aten.topk")
 LOCAL = ("wait_tensor", "_wrap_tensor_autograd")
 """What torch's collectives call on this rank alone."""
 
@@ -60,23 +62,6 @@ def fake_mesh(sizes: tuple[int, ...], names: tuple[str, ...]) -> Iterator[Device
         dist.destroy_process_group()
 
 
-def count(
-    mesh: DeviceMesh,
-    placements: tuple[Placement, ...],
-    shape: tuple[int, int],
-    number: int,
-    algorithm: str,
-    hyper: Mapping[str, Any] | None = None,
-    *,
-    dtype: torch.dtype = torch.float32,
-    compute_dtype: torch.dtype = torch.bfloat16,
-    pending: tuple[int, ...] = (),
-) -> Cost:
-    """Of the step of a bucket of ``number`` matrices, counted at rank 0; see :func:`launched` for the arguments."""
-    options: dict[str, Any] = {"dtype": dtype, "compute_dtype": compute_dtype, "pending": pending}
-    return launched(mesh, placements, shape, number, algorithm, hyper, **options).cost
-
-
 @dataclass(frozen=True)
 class Launched:
     """What a step launched on this rank.
@@ -84,10 +69,12 @@ class Launched:
     Attributes:
         cost: FLOPs, bytes and peak memory.
         collectives: axis, and bytes of this rank before it, of each; gloo's stand-ins for an all-to-all have the same.
+        operators: those that multiply, factorize or sort, which no compiler fuses.
     """
 
     cost: Cost
     collectives: tuple[tuple[int, int], ...]
+    operators: tuple[Operator, ...]
 
 
 def launched(
@@ -148,7 +135,7 @@ def launched(
     with Recorder(mesh, (grads, *stacks.values())) as recorder:
         update_of(plan)(grads, stacks, scalars, torch.ones((), dtype=torch.float64, device=device))
     cost = Cost(dict(recorder.flops), tuple(recorder.transfers), float(before + recorder.peak), 0.0)
-    return Launched(cost, tuple(recorder.collectives))
+    return Launched(cost, tuple(recorder.collectives), tuple(recorder.operators))
 
 
 def _local(layout: StorageLayout) -> Tensor:
@@ -178,7 +165,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Collectives, with the bytes of this rank, products, and the memory that tensors made meanwhile take.
 
     Attributes:
-        transfers, collectives, flops: see `Launched` and `Cost`.
+        transfers, collectives, operators, flops: see `Launched` and `Cost`.
         live, peak: bytes that are held, and that were held at most.
     """
 
@@ -189,7 +176,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.sizes = [mesh.size(axis) for axis in range(mesh.ndim)]
         self.transfers: list[Transfer] = []
         self.collectives: list[tuple[int, int]] = []
+        self.operators: list[Operator] = []
         self.flops: defaultdict[str, float] = defaultdict(float)
+        self.within = False
         self.live = self.peak = 0
         self.known = {tensor.untyped_storage()._cdata for tensor in given}
 
@@ -198,11 +187,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         name = str(function).rsplit(".", 1)[0]
         if name == "dion_dtensor.gram_iterations":
-            with self:  # an operator to the compiler, whose products are to be seen
-                return iterate(*args, **(kwargs or {}))
+            self.operators.append(Operator.of(function, args, kwargs))
+            self.within = True  # one operator to the machine, whose products are to be counted
+            with self:
+                result = iterate(*args, **(kwargs or {}))
+            self.within = False
+            return result
         result = function(*args, **(kwargs or {}))
         if count := _products(name, args):
             self.flops[str(args[0].dtype).removeprefix("torch.")] += count
+        if (count or name in SORTS) and not self.within:
+            self.operators.append(Operator.of(function, args, kwargs))
         if name in COLLECTIVES:
             axis = next(self.axes[arg] for arg in reversed(args) if isinstance(arg, str) and arg in self.axes)
             self._sent(COLLECTIVES[name], axis, args[0].numel() * args[0].element_size())

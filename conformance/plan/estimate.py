@@ -8,12 +8,14 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
 
+import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
-from conformance.plan.counting import count, fake_mesh
+from conformance.plan.counting import fake_mesh, launched
 from conformance.plan.models import Model, Weight
+from conformance.plan.operators import Operator, Stopwatch
 from dion_dtensor.layout import strided_axes
 from dion_dtensor.planning import (
     Bucket,
@@ -28,6 +30,7 @@ from dion_dtensor.planning import (
     usual_hardware,
 )
 from dion_dtensor.planning.buckets import collective
+from dion_dtensor.sorting import CPU_BUCKET_BYTES, runs_of
 
 __all__ = ["MESH_AXES", "Candidate", "Estimate", "candidate", "estimates", "placements_of"]
 
@@ -119,6 +122,8 @@ def estimates(
     hardware: Hardware,
     *,
     gradients: bool = False,
+    compute_dtype: torch.dtype = torch.bfloat16,
+    stopwatch: Stopwatch | None = None,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Estimate]:
     """Every candidate, on a process group of as many fake ranks as the mesh has.
@@ -130,6 +135,8 @@ def estimates(
         candidates: optimizers.
         hardware: what a rank and its links do.
         gradients: whether what averages them over "dp" is counted, in float32.
+        compute_dtype: of the orthonormalization.
+        stopwatch: for operators and the work of the host; None for FLOPs by the hardware's rate, and no such work.
         told: is called with what is going on.
 
     Raises:
@@ -141,23 +148,39 @@ def estimates(
         scalars = _elementwise(model.scalars, sizes, names, gradients)
         for one in candidates:
             costs, closed = [scalars], []
+            operators: list[Operator] = []
             for weight in model.weights:
                 told(f"{one}: {weight.name}")
-                counted, predicted = _weight(weight, mesh, names, sizes, one, gradients)
+                counted, predicted, launches = _weight(
+                    weight, mesh, names, sizes, one, gradients, compute_dtype
+                )
                 costs.append(counted)
                 closed.append(predicted)
+                operators += launches
             cost = total(costs)
             check = total([scalars, *closed])
-            result.append(
-                Estimate(one, cost, duration(cost, hardware), (sum(check.flops.values()), check.bytes()))
-            )
+            time = duration(cost, hardware)
+            if stopwatch is not None:
+                spent = [
+                    stopwatch.host(one.algorithm, weight.count, _buckets(weight, sizes))
+                    for weight in model.weights
+                ]
+                spent += map(stopwatch.operator, operators)
+                time = replace(time, compute=sum(spent) + cost.touched / hardware.memory_bandwidth)
+            result.append(Estimate(one, cost, time, (sum(check.flops.values()), check.bytes())))
     return result
 
 
+def _buckets(weight: Weight, sizes: Sequence[int]) -> int:
+    """Tensors of one device are stepped a few at a time, as a CPU's caches want it."""
+    most = CPU_BUCKET_BYTES if math.prod(sizes) == 1 else None
+    return runs_of(weight.count, 4 * weight.shape[0] * weight.shape[1], most)
+
+
 def _elementwise(elements: int, sizes: Sequence[int], names: Sequence[str], gradients: bool) -> Cost:
-    """AdamW in float32 reads four tensors and writes three."""
+    """AdamW in float32 reads four tensors and writes three; gradients are checked before."""
     held = _held(elements, sizes, names)
-    return Cost(transfers=_averaging(held, sizes, names) if gradients else (), touched=7 * 4 * held)
+    return Cost(transfers=_averaging(held, sizes, names) if gradients else (), touched=8 * 4 * held)
 
 
 def _held(elements: int, sizes: Sequence[int], names: Sequence[str]) -> float:
@@ -181,27 +204,47 @@ def _weight(
     sizes: Sequence[int],
     one: Candidate,
     gradients: bool,
-) -> tuple[Cost, Cost]:
-    """Counted, and in closed form; both of all matrices of ``weight``."""
+    compute_dtype: torch.dtype,
+) -> tuple[Cost, Cost, tuple[Operator, ...]]:
+    """Counted, in closed form, and the operators; of all matrices of ``weight``."""
     elements = weight.count * weight.shape[0] * weight.shape[1]
     if one.algorithm == "adamw":
         cost = _elementwise(elements, sizes, names, gradients)
-        return cost, cost
+        return cost, cost, ()
     placements = placements_of(weight, names, sizes)
     shards = tuple(getattr(placement, "dim", None) for placement in placements)
-    bucket = Bucket(weight.shape, weight.count, tuple(sizes), shards, strided=strided_axes(placements))
+    bucket = Bucket(
+        weight.shape,
+        weight.count,
+        tuple(sizes),
+        shards,
+        strided=strided_axes(placements),
+        compute_dtype=compute_dtype,
+    )
     way, hyper = None, dict(one.hyper)
     if one.algorithm in ("dion", "dion2", "dion3"):
         among = ("low_rank", "assemble", "exchange") if one.averaged else ("low_rank",)
         way = choose(bucket, one.algorithm, usual_hardware(len(sizes)), fraction=one.share, among=among).way
         hyper["path"] = way
     pending = () if one.averaged else tuple(axis for axis, name in enumerate(names) if name == "dp")
-    cost = count(mesh, placements, weight.shape, weight.count, one.algorithm, hyper, pending=pending)
+    found = launched(
+        mesh,
+        placements,
+        weight.shape,
+        weight.count,
+        one.algorithm,
+        hyper,
+        compute_dtype=compute_dtype,
+        pending=pending,
+    )
+    cost = found.cost
     guess = predict(bucket, one.algorithm, way, one.share)
     before: tuple[Transfer, ...] = ()
     if gradients and one.averaged:
         before = _averaging(_held(elements, sizes, names), sizes, names)
     transfers = (*before, *cost.transfers)
-    return Cost(cost.flops, transfers, cost.memory, guess.touched), replace(
-        guess, transfers=(*before, *guess.transfers)
+    return (
+        Cost(cost.flops, transfers, cost.memory, guess.touched),
+        replace(guess, transfers=(*before, *guess.transfers)),
+        found.operators,
     )

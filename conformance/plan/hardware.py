@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 
@@ -13,7 +14,7 @@ from dion_dtensor.planning import Hardware
 __all__ = ["h100", "this_machine"]
 
 # NVIDIA H100 SXM datasheet: dense bfloat16 989 TFLOP/s, float32 67 TFLOP/s, HBM3 3.35 TB/s, NVLink 900 GB/s both ways.
-FLOPS = {"bfloat16": 989e12, "float32": 67e12, "float64": 34e12}
+FLOPS = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "float64": 34e12}
 MEMORY = 3.35e12
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s of one direction; 400 Gb/s a GPU
 LATENCY_NVLINK, LATENCY_INFINIBAND = 15e-6, 40e-6
@@ -43,29 +44,34 @@ def h100(sizes: Sequence[int], efficiency: float = 0.6) -> Hardware:
 
 
 def this_machine(sizes: Sequence[int], seconds: float = 3.0) -> Hardware:
-    """FLOP/s of float32 products and bytes/s of memory, measured on the CPU with torch's threads; links cost nothing.
+    """Bytes/s of memory beyond the caches and FLOP/s by dtype, measured with torch's threads; links cost nothing.
+
+    Products are better timed one by one, at their own sizes (`operators.Stopwatch`).
 
     Args:
         sizes: of the mesh axes.
         seconds: to spend.
     """
-    left, right = torch.randn(4, 1024, 1024), torch.randn(4, 1024, 1024)
-    product = _fastest(lambda: left @ right, seconds / 2)
-    low, high = torch.randn(1 << 24), torch.randn(1 << 24)
-    passes = _fastest(lambda: low.add_(high, alpha=1e-6), seconds / 2)
-    rate, memory = 2 * 4 * 1024**3 / product, 3 * 4 * low.numel() / passes
+    rates = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        left, right = (torch.randn(1024, 1024).to(dtype) for _ in range(2))
+        product = _fastest(partial(torch.mm, left, right), seconds / 4)
+        rates[str(dtype).removeprefix("torch.")] = 2 * 1024**3 / product
+    low, high = torch.randn(1 << 26), torch.randn(1 << 26)
+    passes = _fastest(lambda: low.add_(high, alpha=1e-6), seconds / 4)
+    memory = 3 * 4 * low.numel() / passes
+    shown = ", ".join(f"{rate / 1e9:.0f} GFLOP/s in {dtype}" for dtype, rate in rates.items())
     return Hardware(
         name="this machine",
-        flops={"float32": rate, "bfloat16": rate, "float64": rate / 2},
+        flops=rates,
         memory_bandwidth=memory,
         bandwidth=[math.inf] * len(sizes),
         latency=[0.0] * len(sizes),
-        source=f"measured: {rate / 1e9:.0f} GFLOP/s in float32, {memory / 1e9:.1f} GB/s; no links",
+        source=f"measured: {memory / 1e9:.1f} GB/s, {shown}, each product by itself; no links",
     )
 
 
-def _fastest(action: object, seconds: float) -> float:
-    assert callable(action)
+def _fastest(action: Callable[[], object], seconds: float) -> float:
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end or best == math.inf:
         began = time.perf_counter()

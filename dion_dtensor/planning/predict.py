@@ -23,6 +23,8 @@ __all__ = ["ALGORITHMS", "basis_flops", "polynomial_flops", "predict", "ways"]
 WIDE = 4  # bytes of float32, in which Dion's P, Q and R travel
 NORM = 8  # bytes of float64, in which norms travel
 COEFFICIENTS = POLYNOMIALS["polar_express"]
+STEP = 8
+"""Passes of every matrix rule: gradients joined (2), checked (1), weights decayed (2), the change subtracted (3)."""
 
 
 def predict(bucket: Bucket, algorithm: str, way: str | None = None, fraction: float = 1.0) -> Cost:
@@ -108,7 +110,7 @@ def _muon(bucket: Bucket, way: str, fraction: float, *, variance: bool = False) 
         sent += _beside(bucket, m, of_rows)
     flops = own * polynomial_flops(m, n, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, m, n, size)
-    return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, _touched(bucket, 10))
+    return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, _touched(bucket, STEP + 6, 2))
 
 
 def _beside(bucket: Bucket, m: int, of_rows: tuple[int | None, ...]) -> list[Transfer]:
@@ -150,7 +152,7 @@ def _by_gram(bucket: Bucket) -> Cost:
         sent += once
         flops += 2 * 2.0 * bucket.count * short**2 * bucket.local(dim) + own * 4 * length * 2.0 * short**3
     memory = _local_memory(bucket) + 4 * WIDE * bucket.count * short**2 + 2 * WIDE * _held(bucket)
-    return Cost({"float32": flops}, tuple(sent), memory, _touched(bucket, 10 + 4 * len(lengths)))
+    return Cost({"float32": flops}, tuple(sent), memory, _touched(bucket, STEP + 6 + 4 * len(lengths)))
 
 
 def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool = False) -> Cost:
@@ -214,7 +216,8 @@ def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool 
     memory = (
         _local_memory(bucket) + 2 * WIDE * _held(bucket) + WIDE * (working + 4.0 * count * local_short * r)
     )
-    return Cost(flops, tuple(sent), memory, _touched(bucket, 16))
+    of_factors = 7.0 * WIDE * count * (local_long + local_short) * r
+    return Cost(flops, tuple(sent), memory, _touched(bucket, STEP + 8, 2) + of_factors)
 
 
 def _dion_assembled(bucket: Bucket, r: int, orthonormal_right: bool) -> Cost:
@@ -234,9 +237,9 @@ def _dion_assembled(bucket: Bucket, r: int, orthonormal_right: bool) -> Cost:
         flops["float32"] += own * basis_flops(short, r)
     flops[_name(compute)] = flops.get(_name(compute), 0.0) + own * 4.0 * long * short * r
     memory = _local_memory(bucket) + own * WIDE * (4.0 * m * n + 3.0 * long * r + 3.0 * short * r)
-    return Cost(
-        flops, tuple(one for one in sent if one.bytes), memory, _touched(bucket, 10) + own * 16.0 * m * n
-    )
+    at_home = own * WIDE * (5.0 * m * n + 7.0 * (long + short) * r)
+    touched = _touched(bucket, STEP + 3, 2) + at_home
+    return Cost(flops, tuple(one for one in sent if one.bytes), memory, touched)
 
 
 def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> Cost:
@@ -294,7 +297,9 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
     sent += once
     flops = own * polynomial_flops(chosen, columns, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, chosen, columns, size)
-    return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, _touched(bucket, 12))
+    share = chosen / rows  # of its rows, Dion3 also reads and writes what their norms are divided by
+    touched = _touched(bucket, STEP + 8 + (4 if only_rows else 2) * share, 3 * share)
+    return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, touched)
 
 
 def _sharing_of(axes: tuple[int, ...], sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
@@ -303,12 +308,13 @@ def _sharing_of(axes: tuple[int, ...], sizes: tuple[int, ...], count: int) -> tu
 
 
 def _elementwise(bucket: Bucket, way: str, fraction: float, *, passes: int) -> Cost:
-    """No product and no communication; AdamW reads and writes seven tensors, Lion five."""
+    """No product and no communication; AdamW reads and writes seven tensors, Lion five; gradients are checked."""
     return Cost({}, (), 2.0 * _held(bucket) * bucket.state_dtype.itemsize, _touched(bucket, passes))
 
 
-def _touched(bucket: Bucket, passes: int) -> float:
-    return passes * _held(bucket) * bucket.state_dtype.itemsize
+def _touched(bucket: Bucket, passes: float, narrow: float = 0.0) -> float:
+    """Bytes of passes over the state, and of those over its rounding for the products; as Inductor counts them."""
+    return _held(bucket) * (passes * bucket.state_dtype.itemsize + narrow * bucket.compute_dtype.itemsize)
 
 
 def _local_memory(bucket: Bucket) -> float:
@@ -328,7 +334,7 @@ ALGORITHMS: dict[str, Callable[[Bucket, str, float], Cost]] = {
     "orth_dion": partial(_dion, orthonormal_right=True),
     "dion2": partial(_on_rows, only_rows=False),
     "dion3": partial(_on_rows, only_rows=True),
-    "adamw": partial(_elementwise, passes=7),
-    "lion": partial(_elementwise, passes=5),
+    "adamw": partial(_elementwise, passes=8),
+    "lion": partial(_elementwise, passes=6),
 }
 """How each is predicted, by name."""

@@ -15,7 +15,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from typer.testing import CliRunner
 
 from conformance.cli import app
-from conformance.plan.counting import count, fake_mesh
+from conformance.plan.counting import fake_mesh, launched
 from conformance.plan.estimate import candidate, estimates
 from conformance.plan.hardware import h100
 from conformance.plan.models import (
@@ -65,7 +65,7 @@ def counted(
         hyper["path"] = way
     sizes, placements, _ = MESHES[mesh]
     with fake_mesh(sizes, ("a", "b", "c")[: len(sizes)]) as made:
-        return count(made, placements, shape, number, algorithm, hyper)
+        return launched(made, placements, shape, number, algorithm, hyper).cost
 
 
 @pytest.mark.parametrize("algorithm", HYPER)
@@ -134,9 +134,9 @@ def test_replicas_may_average_low_rank_factors_in_place_of_gradients() -> None:
     """By (m + n) r numbers of each matrix, summed over the replicas, where a gradient has m n."""
     with fake_mesh((8,), ("dp",)) as mesh:
         place, hyper = (Replicate(),), {"rank_fraction": 1 / 16, "path": "low_rank"}
-        cost = count(mesh, place, SHAPE, NUMBER, "dion", hyper, pending=(0,))
+        cost = launched(mesh, place, SHAPE, NUMBER, "dion", hyper, pending=(0,)).cost
         with pytest.raises(ValueError, match="muon steps averaged gradients alone"):
-            count(mesh, place, SHAPE, NUMBER, "muon", pending=(0,))
+            launched(mesh, place, SHAPE, NUMBER, "muon", pending=(0,))
     ring, (m, n) = 2 * 7 / 8, SHAPE
     assert cost.bytes() == pytest.approx(ring * 4 * NUMBER * (m + n) * m / 16, rel=0.01)
     weight = Weight("w", SHAPE, NUMBER)

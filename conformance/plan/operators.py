@@ -1,0 +1,105 @@
+"""Operators that a step launches, and how long this machine takes for them and for the rest."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from dion_dtensor import Dion, Dion2, Dion3, Muon, NorMuon
+
+__all__ = ["Operator", "Stopwatch"]
+
+MATRIX_OPTIMIZERS = {"muon": Muon, "normuon": NorMuon, "dion": Dion, "dion2": Dion2, "dion3": Dion3}
+
+
+@dataclass(frozen=True)
+class Operator:
+    """A call with its arguments; tensors are there by shape, strides and dtype ("meta") alone.
+
+    Attributes:
+        function: of torch's dispatcher.
+        args, kwargs: of the call.
+    """
+
+    function: Any
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @staticmethod
+    def of(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Operator:
+        """Of a call that is being made; nothing of its memory is kept."""
+        args, kwargs = tree_map_only(Tensor, _bare, (args, dict(kwargs or {})))
+        return Operator(function, args, kwargs)
+
+    @property
+    def key(self) -> str:
+        """Equal for calls that take equally long."""
+        described = tree_map_only(
+            Tensor, lambda one: (tuple(one.shape), one.stride(), one.dtype), (self.args, dict(self.kwargs))
+        )
+        return f"{self.function} {described}"
+
+
+def _bare(tensor: Tensor) -> Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+
+def _drawn(tensor: Tensor) -> Tensor:
+    """Of small values, whose products overflow nowhere."""
+    reach = 1 + sum((size - 1) * step for size, step in zip(tensor.shape, tensor.stride(), strict=True))
+    return (1e-3 * torch.randn(max(reach, 0))).to(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+@dataclass
+class Stopwatch:
+    """Times on the CPU with torch's threads; each kind once.
+
+    Attributes:
+        seconds: at least to spend on a kind.
+        compile: whether steps are compiled.
+        known: by what was timed.
+    """
+
+    seconds: float = 0.2
+    compile: bool = True
+    known: dict[str, float] = field(default_factory=dict)
+
+    def operator(self, operator: Operator) -> float:
+        """Seconds of an operator, on values drawn for it."""
+        if operator.key not in self.known:
+            args, kwargs = tree_map_only(Tensor, _drawn, (operator.args, dict(operator.kwargs)))
+            self.known[operator.key] = self._median(lambda: operator.function(*args, **kwargs))
+        return self.known[operator.key]
+
+    def host(self, algorithm: str, count: int, buckets: int = 1) -> float:
+        """Seconds of a step of ``count`` matrices too small to take any: the host's work, and launches."""
+        key = f"{algorithm} {count} {buckets}"
+        if key not in self.known:
+            parameters = [torch.nn.Parameter(torch.ones(8, 8)) for _ in range(count)]
+            most = -(-count // buckets) * parameters[0].nbytes
+            for parameter in parameters:
+                parameter.grad = torch.eye(8)
+            named = [(f"weights.{index}", parameter) for index, parameter in enumerate(parameters)]
+            build: Any = MATRIX_OPTIMIZERS.get(algorithm, Muon)
+            group = {"params": named, "algorithm": algorithm}
+            optimizer = build([group], lr=1e-3, compile=self.compile, max_bucket_bytes=most)
+            self.known[key] = self._median(optimizer.step)
+        return self.known[key]
+
+    def _median(self, action: Callable[[], object]) -> float:
+        """Of three times at least, after three that may compile."""
+        for _ in range(3):
+            action()
+        times: list[float] = []
+        while len(times) < 3 or sum(times) < self.seconds:
+            began = time.perf_counter()
+            action()
+            times.append(time.perf_counter() - began)
+        return statistics.median(times)
