@@ -15,7 +15,7 @@ from dion_dtensor.buckets import Bucket
 from dion_dtensor.layout import StorageLayout, has_partial
 from dion_dtensor.members import Member
 
-__all__ = ["checked_gradients"]
+__all__ = ["agreed", "checked_gradients"]
 
 MISSING, FINE, PARTIAL, NOT_FINITE, MISLAID, SPARSE, MOVED = range(7)
 
@@ -80,19 +80,14 @@ def _local(grad: Tensor, layout: StorageLayout) -> Tensor:
 def _problems(members: Sequence[Member]) -> list[str]:
     """What is wrong with each parameter's gradient on any rank; the same list on every rank."""
     mine = _codes(members)
-    both = torch.tensor([*mine, *(-code for code in mine)])
-    meshes = _meshes(members)
-    # Parameters may lie on several meshes: what one of them learns is carried to the ranks of the next.
     try:
-        for mesh in meshes * len(meshes):
-            both = agreed_maximum(both.to(mesh.device_type), mesh)
-        agreed = both.tolist()
+        found = agreed(torch.tensor([*mine, *(-code for code in mine)]), members)
     except RuntimeError as error:
         raise RuntimeError(
             "no parameter was changed by this step: the ranks could not agree on the gradients; has a rank died? "
             f"({error})"
         ) from error
-    largest, smallest = agreed[: len(members)], [-code for code in agreed[len(members) :]]
+    largest, smallest = found[: len(members)], [-code for code in found[len(members) :]]
     texts = []
     for member, own, high, low in zip(members, mine, largest, smallest, strict=True):
         where = f"  {member.name} ({member.layout.describe()}): the gradient"
@@ -115,6 +110,20 @@ def _problems(members: Sequence[Member]) -> list[str]:
         elif low != high:
             texts.append(f"{where} is Partial on some ranks only; redistribute it")
     return texts
+
+
+def agreed(values: Tensor, members: Sequence[Member]) -> list[float]:
+    """The elementwise maximum of plain ``values`` over the ranks of all of ``members``, the same on each.
+
+    Raises:
+        RuntimeError: a rank did not take part.
+    """
+    meshes = _meshes(members)
+    # Parameters may lie on several meshes: what one of them learns is carried to the ranks of the next.
+    for mesh in meshes * len(meshes):
+        values = agreed_maximum(values.to(mesh.device_type), mesh)
+    found: list[float] = values.tolist()
+    return found
 
 
 def _elsewhere(member: Member) -> str:

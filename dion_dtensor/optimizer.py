@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from dion_dtensor.atomic import undone_on_failure
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.captured import Memory
 from dion_dtensor.checks import check_group, check_member, check_options
@@ -47,6 +48,9 @@ class Common(TypedDict, total=False):
             being destroyed: call :meth:`OrthonormalOptimizer.release_graphs` before that.
         validate: before each step, let all ranks agree that every gradient is present, finite and laid out like its
             parameter; default True.
+        atomic: undo a step that fails in the middle, on all ranks, so that weights and state are as before it; default
+            False: what was stepped before a rank died, or memory ran out, stays stepped.  It takes as many bytes again
+            as the shards of weights and state, a copy of these a step, and one small collective.
         replicate_mesh: a mesh (or process group) that the parameters do not know, over whose ranks they are
             replicated: that of DistributedDataParallel, or the axis beside FSDP2's.  The work is split among them.
         averaged: whether gradients arrive averaged over ``replicate_mesh``; default True.  Otherwise the step averages
@@ -64,6 +68,7 @@ class Common(TypedDict, total=False):
     compile: bool
     capture: bool
     validate: bool
+    atomic: bool
     replicate_mesh: DeviceMesh | ProcessGroup | None
     averaged: bool
     max_bucket_bytes: int | None
@@ -102,6 +107,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         **common: Unpack[Common],
     ) -> None:
         self.algorithm, self.validate = algorithm, common.get("validate", True)
+        self.atomic = common.get("atomic", False)
         self.averaged, self.resync_every, self._steps = common.get("averaged", True), resync_every, 0
         self.replicate_mesh = _mesh_of(common.get("replicate_mesh"))
         self._algorithm_options = dict(options)
@@ -219,10 +225,10 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with _no_autocast({bucket.device.type for bucket in self.buckets}):
             adopt(self.members(), self.state)
-            for bucket, members, grads, pending in checked_gradients(
-                self.buckets, self.validate, self.averaged
-            ):
-                bucket.step(members, grads, pending)
+            work = checked_gradients(self.buckets, self.validate, self.averaged)
+            with undone_on_failure(self.buckets) if self.atomic else nullcontext():
+                for bucket, members, grads, pending in work:
+                    bucket.step(members, grads, pending)
             self._steps += 1
             if self.resync_every and self._steps % self.resync_every == 0:
                 self.synchronize()
@@ -313,6 +319,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         own = (
             "algorithm",
             "validate",
+            "atomic",
             "averaged",
             "resync_every",
             "replicate_mesh",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -16,18 +17,22 @@ from torch.distributed.checkpoint import FileSystemWriter, state_dict_saver
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
-from dion_dtensor import Dion2, Muon
+from dion_dtensor import Dion2, Muon, atomic
+from dion_dtensor.buckets import Bucket
 
 NAMES = ("first.weight", "second.weight")
 
 
-def trainer(kind: Any, mesh: DeviceMesh | None = None) -> tuple[list[torch.nn.Parameter], Any]:
+def trainer(
+    kind: Any, mesh: DeviceMesh | None = None, **options: Any
+) -> tuple[list[torch.nn.Parameter], Any]:
     """Two weights, on a mesh or not, and their optimizer."""
     generator = torch.Generator().manual_seed(0)
     weights = [torch.randn(12, 8, generator=generator, dtype=torch.float64) for _ in NAMES]
     laid = [weight if mesh is None else distribute_tensor(weight, mesh, [Shard(0)]) for weight in weights]
     parameters = [torch.nn.Parameter(weight) for weight in laid]
-    return parameters, kind([{"params": list(zip(NAMES, parameters, strict=True))}], lr=0.1, compile=False)
+    group = {"params": list(zip(NAMES, parameters, strict=True))}
+    return parameters, kind([group], lr=0.1, compile=False, **options)
 
 
 def give_gradients(parameters: list[torch.nn.Parameter], step: int) -> None:
@@ -46,18 +51,44 @@ def _local(tensor: Tensor) -> Tensor:
     return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach().clone()
 
 
-def step_beside_a_dying_rank(rank: int, world: int, folder: Path) -> None:
-    """The last rank dies before its second step; what the others meet goes to ``<rank>.json``."""
+def _die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _between_buckets() -> None:
+    really, calls = Bucket.step, []
+
+    def step(bucket: Bucket, *args: Any) -> None:
+        calls.append(bucket)
+        return _die() if len(calls) == 2 else really(bucket, *args)
+
+    Bucket.step = step  # type: ignore[method-assign]
+
+
+def _after_all_buckets() -> None:
+    atomic.agreed = _die  # type: ignore[assignment]
+
+
+DEATHS: dict[str, Callable[[], None]] = {
+    "before": _die,
+    "between buckets": _between_buckets,
+    "after all buckets": _after_all_buckets,
+}
+
+
+def step_beside_a_dying_rank(rank: int, world: int, folder: Path, when: str) -> None:
+    """The last rank dies in or before its second step; what the others meet goes to ``<rank>.json``."""
     torch.set_num_threads(1)
     store = dist.FileStore(str(folder / "store"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=20))
     mesh = DeviceMesh("cpu", list(range(world)))
-    parameters, optimizer = trainer(Dion2, mesh)
+    parameters, optimizer = trainer(Dion2, mesh, max_bucket_bytes=1, atomic=when != "before")
+    assert len(optimizer.buckets) == 2
     give_gradients(parameters, 0)
     optimizer.step()
     give_gradients(parameters, 1)
     if rank == world - 1:
-        os.kill(os.getpid(), signal.SIGKILL)
+        DEATHS[when]()
     held = [*parameters, *(optimizer.state[parameter]["momentum"] for parameter in parameters)]
     before = [_local(tensor) for tensor in held]
     said = "no error"

@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as multiprocessing
 from torch.distributed.checkpoint import CheckpointException, state_dict_loader
 
-from dion_dtensor import Muon
+from dion_dtensor import Dion, Dion3, Muon
+from dion_dtensor.buckets import Bucket
+from dion_dtensor.optimizer import OrthonormalOptimizer
 from tests.dtensor.failing_programs import (
+    DEATHS,
+    NAMES,
     die_in_the_second_save,
     give_gradients,
     step_beside_a_dying_rank,
@@ -19,10 +24,12 @@ from tests.dtensor.failing_programs import (
 )
 
 
-def test_a_rank_that_dies_before_a_step_is_an_error_on_all_others_and_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("when", DEATHS)
+def test_a_rank_that_dies_is_an_error_on_all_others_and_changes_nothing(tmp_path: Path, when: str) -> None:
+    """Before a step by its check of the gradients; in the middle with ``atomic=True``."""
     context = multiprocessing.get_context("spawn")
     started = [
-        context.Process(target=step_beside_a_dying_rank, args=(rank, 3, tmp_path)) for rank in range(3)
+        context.Process(target=step_beside_a_dying_rank, args=(rank, 3, tmp_path, when)) for rank in range(3)
     ]
     for process in started:
         process.start()
@@ -32,8 +39,59 @@ def test_a_rank_that_dies_before_a_step_is_an_error_on_all_others_and_changes_no
     for rank in (0, 1):
         found = json.loads((tmp_path / f"{rank}.json").read_text())
         assert found["unchanged"]
-        assert "no parameter was changed by this step" in found["said"]
-        assert "has a rank died?" in found["said"]
+        assert found["said"] != "no error"
+        if when == "before":
+            assert "no parameter was changed by this step" in found["said"]
+        if when == "after all buckets":
+            assert "this step was undone" in found["said"]
+        if when != "between buckets":  # where a collective of the update fails
+            assert "has a rank died?" in found["said"]
+
+
+@pytest.mark.parametrize("atomic", [True, False])
+@pytest.mark.parametrize("kind", [Muon, Dion, Dion3])
+def test_a_step_that_fails_in_the_middle_is_undone(
+    kind: type, atomic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the next one is that of an optimizer that never met the failure, counted steps of AdamW among it."""
+
+    def made() -> tuple[list[torch.nn.Parameter], OrthonormalOptimizer]:
+        matrices, _ = trainer(Muon)
+        bias = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+        groups = [
+            {"params": [("bias", bias)], "algorithm": "adamw"},
+            {"params": list(zip(NAMES, matrices, strict=True))},
+        ]
+        return [bias, *matrices], kind(groups, lr=0.1, compile=False, atomic=atomic)
+
+    def give(parameters: list[torch.nn.Parameter], step: int) -> None:
+        give_gradients(parameters[1:], step)
+        parameters[0].grad = torch.full((5,), 1.0 + step, dtype=torch.float64)
+
+    (parameters, optimizer), (expected, other) = made(), made()
+    for weights, stepper in ((parameters, optimizer), (expected, other)):
+        give(weights, 0)
+        stepper.step()
+    give(parameters, 1)
+    really = Bucket.step
+
+    def failing(bucket: Bucket, *args: Any) -> None:
+        really(bucket, *args)
+        if bucket is optimizer.buckets[-1]:
+            raise MemoryError("no more")
+
+    monkeypatch.setattr(Bucket, "step", failing)
+    with pytest.raises(MemoryError, match="no more"):
+        optimizer.step()
+    monkeypatch.undo()
+    assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True)) == atomic
+    for weights, stepper in ((parameters, optimizer), (expected, other)):
+        give(weights, 1)
+        stepper.step()
+    same = [torch.equal(a, b) for a, b in zip(parameters, expected, strict=True)]
+    for a, b in zip(parameters, expected, strict=True):
+        same += [torch.equal(optimizer.state[a][key], value) for key, value in other.state[b].items()]
+    assert all(same) == atomic
 
 
 def test_a_save_that_is_killed_leaves_the_earlier_one(tmp_path: Path) -> None:
