@@ -6,6 +6,7 @@ import re
 import shlex
 import sys
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -40,7 +41,9 @@ def bench(
     patience: Annotated[
         float, typer.Option(min=1, help="Seconds for a contender's answer; who takes longer has failed.")
     ] = 3600.0,
-    growth: Annotated[bool, typer.Option(help="Also measure how ours grows with N, m, n, r.")] = False,
+    growth: Annotated[
+        bool, typer.Option(help="Also measure how ours grows with N, m, n, r, and its bytes with the ranks.")
+    ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all numbers to this file.")] = None,
@@ -66,7 +69,7 @@ def bench(
 
     from conformance.bench import page as pages
     from conformance.bench.contenders import Case
-    from conformance.bench.growth import Line, lines
+    from conformance.bench.growth import RANKS, Line, lines, sent_lines
     from conformance.bench.measure import Entry, measure_all
     from conformance.bench.products import peak
     from conformance.bench.traffic import Traffic, traffic
@@ -126,7 +129,7 @@ def bench(
         if growth:
             base = Case("muon", 4, (256, 256), compute_dtype=compute_dtype, device=device, threads=threads)
             some = [name for name in chosen if name not in ("adamw", "muon_torch")]
-            for line in lines(base, some, rounds, tell):
+            for line in chain(lines(base, some, rounds, tell), sent_lines(base, some, tell)):
                 grown.append(line)
                 save()
     for title, columns, rows in (
@@ -141,8 +144,9 @@ def bench(
         if rows:
             console.print(table)
     for line in grown:
+        what = "bytes of a rank" if line.quantity == RANKS else "time"
         console.print(
-            f"{line.algorithm}: time ~ {line.quantity}^{line.measured:.2f}, FLOPs ~ {line.quantity}^{line.theory:.2f}",
+            f"{line.algorithm}: {what} ~ {line.quantity}^{line.slope:.2f}, in theory {line.theory:.2f}",
             highlight=False,
         )
     console.print(", ".join(f"{key} {value}" for key, value in about.items()), highlight=False)

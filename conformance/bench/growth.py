@@ -1,4 +1,4 @@
-"""How the step time of ours grows with N, m, n and the rank, against the products' FLOPs."""
+"""How the step of ours grows: its time with N, m, n and the rank, the bytes that it sends with the ranks."""
 
 from __future__ import annotations
 
@@ -9,37 +9,43 @@ from dataclasses import dataclass, replace
 from conformance.bench.contenders import OURS, Case
 from conformance.bench.measure import measure
 from conformance.bench.products import flops
+from conformance.bench.traffic import traffic
+from dion_dtensor.planning import Bucket, predict
 
-__all__ = ["Line", "lines", "slope"]
+__all__ = ["RANKS", "Line", "lines", "sent_lines", "slope"]
+
+RANKS = "ranks"
+"""The quantity of lines of bytes."""
+PROCESSES = (2, 4, 8)
 
 
 @dataclass(frozen=True)
 class Line:
-    """Step times along one quantity.
+    """What was measured along one quantity, and what theory says.
 
     Attributes:
         algorithm: its name.
-        quantity: "N", "m", "n" or "r".
+        quantity: "N", "m", "n" or "r", or RANKS.
         values: of the quantity.
-        seconds: medians.
-        flops: of the textbook's products.
+        measured: median seconds of a step; bytes that a rank sends where the quantity is RANKS.
+        expected: FLOPs of the textbook's products; bytes in closed form.
     """
 
     algorithm: str
     quantity: str
     values: tuple[float, ...]
-    seconds: tuple[float, ...]
-    flops: tuple[float, ...]
+    measured: tuple[float, ...]
+    expected: tuple[float, ...]
 
     @property
-    def measured(self) -> float:
+    def slope(self) -> float:
         """Exponent of the measured growth."""
-        return slope(self.values, self.seconds)
+        return slope(self.values, self.measured)
 
     @property
     def theory(self) -> float:
-        """Exponent of the FLOPs over the same values."""
-        return slope(self.values, self.flops)
+        """Exponent of the expected growth over the same values."""
+        return slope(self.values, self.expected)
 
 
 def slope(values: Sequence[float], sizes: Sequence[float]) -> float:
@@ -94,3 +100,29 @@ def lines(
 
 def _doubled(size: int) -> list[int]:
     return [max(1, size // 2), size, 2 * size, 4 * size]
+
+
+def sent_lines(
+    base: Case, algorithms: Sequence[str], told: Callable[[str], None] = lambda _: None
+) -> Iterator[Line]:
+    """The bytes that a rank sends, with as many matrices of the shape of ``base`` as there are ranks at most.
+
+    Args:
+        base: size and dtype.
+        algorithms: names.
+        told: is called with what is going on.
+
+    Raises:
+        RuntimeError: ours failed.
+    """
+    for algorithm in algorithms:
+        case = replace(base, algorithm=algorithm, count=PROCESSES[-1])
+        found, closed = [], []
+        for ranks in PROCESSES:
+            (row,) = traffic(case, ranks, told, names=(OURS,))
+            if row.failure:
+                raise RuntimeError(row.failure)
+            found.append(row.bytes)
+            bucket = Bucket(case.shape, case.count, (ranks,), (0,), compute_dtype=case.dtype)
+            closed.append(predict(bucket, algorithm, fraction=case.part).bytes())
+        yield Line(algorithm, RANKS, PROCESSES, tuple(found), tuple(closed))

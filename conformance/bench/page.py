@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from conformance.bench.contenders import BARE, OURS
-from conformance.bench.growth import Line
+from conformance.bench.growth import RANKS, Line
 from conformance.bench.measure import Entry
 from conformance.bench.traffic import Traffic
 
@@ -114,41 +114,45 @@ def as_json(
         "steps": [
             asdict(entry) | ({"median": entry.median} if not entry.failure else {}) for entry in entries
         ],
-        "growth": [asdict(line) | {"slope": line.measured, "theory": line.theory} for line in growth],
+        "growth": [asdict(line) | {"slope": line.slope, "theory": line.theory} for line in growth],
         "sent": [asdict(row) for row in sent],
     }
 
 
 def draw_growth(growth: Sequence[Line], file: Path) -> None:
-    """Step time against each quantity, log-log, with the slope of the FLOPs beside it."""
+    """Step time, or bytes, against each quantity, log-log, with the slope of theory beside it."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
     from matplotlib.ticker import NullFormatter, ScalarFormatter
 
-    titles = {"N": "matrices", "m": "rows", "n": "columns", "r": "rank, or chosen slices"}
+    titles = {"N": "matrices", "m": "rows", "n": "columns", "r": "rank, or chosen slices", RANKS: "processes"}
     quantities = [quantity for quantity in titles if any(line.quantity == quantity for line in growth)]
     figure, axes = plt.subplots(1, len(quantities), figsize=(4.2 * len(quantities), 4.2), squeeze=False)
     names = list(dict.fromkeys(line.algorithm for line in growth))
     for plot, quantity in zip(axes[0], quantities, strict=True):
+        unit = 1e-6 if quantity == RANKS else 1e3
         for line in growth:
             if line.quantity != quantity:
                 continue
             color = f"C{names.index(line.algorithm)}"
-            label = f"{line.algorithm}: {line.measured:.2f} (theory {line.theory:.2f})"
-            plot.plot(line.values, [1e3 * s for s in line.seconds], "o-", color=color, label=label)
-            scale = line.seconds[-1] / line.flops[-1]
-            plot.plot(line.values, [1e3 * scale * f for f in line.flops], ":", color=color, alpha=0.6)
+            label = f"{line.algorithm}: {line.slope:.2f} (theory {line.theory:.2f})"
+            plot.plot(line.values, [unit * one for one in line.measured], "o-", color=color, label=label)
+            # Bytes are bytes; of FLOPs only the growth can be compared.
+            scale = unit if quantity == RANKS else unit * line.measured[-1] / line.expected[-1]
+            plot.plot(line.values, [scale * one for one in line.expected], ":", color=color, alpha=0.6)
             plot.set_xticks(line.values)
         plot.set(xscale="log", yscale="log", xlabel=f"{titles[quantity]} ({quantity})")
         plot.xaxis.set_major_formatter(ScalarFormatter())
         plot.xaxis.set_minor_formatter(NullFormatter())
         plot.set_xticks([], minor=True)
-        plot.legend(title="slope measured (of the FLOPs)", fontsize=7, title_fontsize=7)
+        plot.set_ylabel("MB that a rank sends" if quantity == RANKS else "step of dion_dtensor (ms)")
+        plot.legend(title="exponent measured (of theory)", fontsize=7, title_fontsize=7)
         plot.grid(alpha=0.3)
-    axes[0][0].set_ylabel("step of dion_dtensor (ms)")
-    figure.suptitle("Growth of the step time; dotted: the textbook's FLOPs through the last point")
+    figure.suptitle(
+        "Growth of a step. Dotted: the textbook's FLOPs through the last point; bytes in closed form"
+    )
     figure.tight_layout()
     figure.savefig(file, dpi=110)
     plt.close(figure)
@@ -200,11 +204,18 @@ def markdown(
         ]
         lines += ["| " + " | ".join(row) + " |" for row in sent_cells(sent)]
     if growth:
-        lines += ["", "## Growth", "", f"![Growth of the step time]({picture})", ""]
-        lines += ["| algorithm | quantity | values | slope | of the FLOPs |", "|---|---|---|---|---|"]
+        lines += ["", "## Growth", "", f"![Growth of a step]({picture})", ""]
+        lines += [
+            "Of the step time with N matrices of m rows and n columns and with the rank r; of the bytes that a rank"
+            f" sends with the number of {RANKS}, every matrix sharded by rows. Exponents of powers by least squares;"
+            " theory is the textbook's FLOPs, or the bytes in closed form.",
+            "",
+            "| algorithm | quantity | values | exponent | in theory |",
+            "|---|---|---|---|---|",
+        ]
         for line in growth:
             values = ", ".join(f"{value:g}" for value in line.values)
             lines.append(
-                f"| {line.algorithm} | {line.quantity} | {values} | {line.measured:.2f} | {line.theory:.2f} |"
+                f"| {line.algorithm} | {line.quantity} | {values} | {line.slope:.2f} | {line.theory:.2f} |"
             )
     return "\n".join(lines) + "\n"

@@ -62,10 +62,16 @@ class Traffic:
     failure: str = ""
 
 
-def traffic(case: Case, ranks: int, told: Callable[[str], None] = lambda _: None) -> Iterator[Traffic]:
-    """Each contender of ``case`` that knows meshes, with every matrix sharded by rows over ``ranks`` gloo ranks."""
+def traffic(
+    case: Case,
+    ranks: int,
+    told: Callable[[str], None] = lambda _: None,
+    *,
+    names: Sequence[str] = (OURS, DION, TORCH_MUON),
+) -> Iterator[Traffic]:
+    """Each contender of ``names`` that is here, with every matrix sharded by rows over ``ranks`` gloo ranks."""
     for name in available(case):
-        if name not in (OURS, DION, TORCH_MUON):
+        if name not in names:
             continue
         told(f"{case}: bytes of {name}")
         try:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from conformance.bench import growth
 from conformance.bench.contenders import BARE, OURS, UNCHECKED, Case, available, stepper
-from conformance.bench.growth import slope
+from conformance.bench.growth import RANKS, Line, sent_lines, slope
 from conformance.bench.measure import measure
+from conformance.bench.page import draw_growth, markdown
 from conformance.bench.products import flops
 from conformance.bench.traffic import sent, traffic
 from conformance.cli import app
@@ -48,6 +50,28 @@ def test_bare_products_have_the_flops_of_theory() -> None:
 
 def test_slope_of_a_power() -> None:
     assert slope([1, 2, 4, 8], [3, 12, 48, 192]) == pytest.approx(2)
+
+
+def test_bytes_grow_with_the_ranks_as_in_closed_form(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(growth, "PROCESSES", (2, 4))
+    (line,) = sent_lines(Case("muon", 1, (64, 96), compute_dtype="bfloat16"), ["muon"])
+    assert (line.quantity, line.values) == (RANKS, (2, 4))
+    # Half of a rank's half, then three quarters of its quarter: there and back, and two counts a parameter.
+    assert line.expected == pytest.approx([4 * 64 * 96 * 2 * 2 * part for part in (1 / 4, 3 / 16)])
+    assert line.measured == pytest.approx(line.expected, rel=0.01)
+    assert line.slope == pytest.approx(-0.41, abs=0.01)
+
+
+def test_growth_is_drawn_and_written(tmp_path: Path) -> None:
+    lines = [
+        Line("muon", "N", (2, 4, 8), (0.2, 0.4, 0.8), (10.0, 20.0, 40.0)),
+        Line("muon", RANKS, (2, 4), (4e6, 3e6), (4e6, 3e6)),
+    ]
+    draw_growth(lines, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+    page = markdown([], lines, [], {}, "conformance bench", "growth.png")
+    assert "| muon | N | 2, 4, 8 | 1.00 | 1.00 |" in page
+    assert "| muon | ranks | 2, 4 | -0.42 | -0.42 |" in page
 
 
 def test_peers_are_those_that_can_be_imported() -> None:
