@@ -159,8 +159,8 @@ class Bucket:
         self.pending = tuple(sorted({*self.pending, *pending}))
         if self.rule.counts_steps(self.group) != self._counts_steps:
             raise RuntimeError(
-                f"{members[0].name}: its group began with bias_correction={not self.group['bias_correction']}, which "
-                "cannot change, for its steps are counted or not; make a new optimizer"
+                f"{members[0].name}: its group began {'with' if self._counts_steps else 'without'} a count of its "
+                "steps, and what decides that (bias_correction) cannot change; make a new optimizer"
             )
         if not self._counts_steps:
             return self._step(members, grads, None)
