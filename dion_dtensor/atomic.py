@@ -15,10 +15,11 @@ __all__ = ["undone_on_failure"]
 
 @contextmanager
 def undone_on_failure(buckets: Sequence[Bucket]) -> Iterator[None]:
-    """Within it, all that ``buckets`` hold is as before when anything raises, on this rank or on another.
+    """Within it, all that ``buckets`` hold is as before when anything raises.
 
-    At the end all ranks agree that they are done, so that nobody keeps a step that another one gave up.  Only a rank
-    that is lost while they agree can still part them.
+    At the end all ranks agree that they are done, so that nobody keeps a step that a lost rank did not finish.  Only
+    one that is lost while they agree can still part them.  A rank that raises takes no part: it must end, since the
+    others would take its next collective for this one.
 
     Raises:
         RuntimeError: the ranks could not agree; the step was undone.

@@ -48,9 +48,10 @@ class Common(TypedDict, total=False):
             being destroyed: call :meth:`OrthonormalOptimizer.release_graphs` before that.
         validate: before each step, let all ranks agree that every gradient is present, finite and laid out like its
             parameter; default True.
-        atomic: undo a step that fails in the middle, on all ranks, so that weights and state are as before it; default
-            False: what was stepped before a rank died, or memory ran out, stays stepped.  It takes as many bytes again
-            as the shards of weights and state, a copy of these a step, and one small collective.
+        atomic: undo a step that fails in the middle, so that weights and state are as before it; default False: what
+            was stepped before stays stepped.  A rank that fails alone must end, as an exception makes it; the others
+            undo their step when a collective tells them, or times out.  It takes as many bytes again as the shards of
+            weights and state, a copy of these a step, and one small collective.
         replicate_mesh: a mesh (or process group) that the parameters do not know, over whose ranks they are
             replicated: that of DistributedDataParallel, or the axis beside FSDP2's.  The work is split among them.
         averaged: whether gradients arrive averaged over ``replicate_mesh``; default True.  Otherwise the step averages
@@ -94,6 +95,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         ValueError: a hyperparameter out of range, an unknown algorithm, or a parameter that a rule cannot take; the
             message names the parameter, its shape and its placements.
     """
+
+    atomic = False  # of optimizers that were pickled before there was a choice
 
     def __init__(
         self,
@@ -229,9 +232,9 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             with undone_on_failure(self.buckets) if self.atomic else nullcontext():
                 for bucket, members, grads, pending in work:
                     bucket.step(members, grads, pending)
+                if self.resync_every and (self._steps + 1) % self.resync_every == 0:
+                    self.synchronize()
             self._steps += 1
-            if self.resync_every and self._steps % self.resync_every == 0:
-                self.synchronize()
         return loss
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich import box
@@ -16,6 +16,11 @@ from rich.console import Console
 from rich.table import Table
 
 from conformance.report.live import live_bar
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from conformance.bench.contenders import Case
 
 ALGORITHMS = ("muon", "muon_torch", "normuon", "dion", "dion2", "dion3", "adamw")
 
@@ -43,6 +48,10 @@ def bench(
     ] = 3600.0,
     growth: Annotated[
         bool, typer.Option(help="Also measure how ours grows with N, m, n, r, and its bytes with the ranks.")
+    ] = False,
+    plan: Annotated[
+        bool,
+        typer.Option("--plan", help="Also predict steps of ours on this CPU as `conformance plan` does."),
     ] = False,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of the CPU.")] = 2,
@@ -77,6 +86,8 @@ def bench(
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise typer.BadParameter(f"device {device!r} is not here")
+    if plan and device != "cpu":
+        raise typer.BadParameter("--plan times operators on the CPU alone")
     console = Console() if sys.stdout.isatty() else Console(width=150)
     cases = [
         Case(name, count, (m, n), compute_dtype=compute_dtype, device=device, threads=threads)
@@ -110,6 +121,7 @@ def bench(
             )
             write_whole(page, text.encode())
 
+    foreseen = _forecast(threads) if plan else None
     with live_bar(console) as progress:
         task = progress.add_task("", total=len(cases) * (2 if ranks else 1) + growth)
 
@@ -119,6 +131,10 @@ def bench(
         for batch in [cases] if jobs > 1 else [[case] for case in cases]:
             for found in measure_all(batch, rounds, jobs=jobs, patience=patience, told=tell):
                 entries += [replace(entry, peak=highest) for entry in found]
+                if foreseen is not None and not found[0].failure and found[0].case.algorithm != "muon_torch":
+                    tell(f"{found[0].case}: planned")
+                    place = len(entries) - len(found)
+                    entries[place] = replace(entries[place], planned=foreseen(found[0].case))
                 progress.advance(task)
                 save()
         for case in cases if ranks else ():
@@ -154,6 +170,25 @@ def bench(
     for said in failed:
         console.print(said, style="red", highlight=False)
     raise typer.Exit(1 if failed else 0)
+
+
+def _forecast(threads: int) -> Callable[[Case], float]:
+    """Seconds of a step of ours, from what is timed in this process."""
+    import logging
+
+    import torch
+
+    from conformance.bench.planned import planned
+    from conformance.bench.timing import keep_freed_memory
+    from conformance.plan.hardware import this_machine
+    from conformance.plan.operators import Stopwatch
+
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it tells how to be faster
+    torch.set_num_threads(threads)
+    keep_freed_memory()
+    hardware = this_machine((1,))
+    stopwatch = Stopwatch(hardware.flops)
+    return lambda case: planned(case, hardware, stopwatch)
 
 
 def _parsed(shape: str) -> tuple[int, int, int]:

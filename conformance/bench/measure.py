@@ -28,6 +28,7 @@ class Entry:
         bare: seconds of the bare products of the case, the roofline; 0 where it has none.
         memory: bytes at the peak of a step, beyond parameters, gradients and state.
         peak: FLOP/s that the device was seen to give in the case's dtype; 0 where it was not measured.
+        planned: seconds of a step by `conformance plan --hardware here`; 0 where that was not asked for.
         failure: what stopped it, or "".
     """
 
@@ -39,6 +40,7 @@ class Entry:
     bare: float = 0.0
     memory: float = 0.0
     peak: float = 0.0
+    planned: float = 0.0
     failure: str = ""
 
     @property

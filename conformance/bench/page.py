@@ -30,6 +30,7 @@ COLUMNS = (
     "GFLOP/s",
     "roofline",
     "ours / it",
+    "planned / it",
 )
 
 
@@ -70,7 +71,7 @@ def _has_bfloat16() -> bool:
 def cells(entry: Entry) -> tuple[str, ...]:
     """A row of the table; see :data:`COLUMNS`."""
     if entry.failure:
-        return (str(entry.case), entry.name, "failed", "", "", "", "", "", entry.failure[:60])
+        return (str(entry.case), entry.name, "failed", "", "", "", "", "", entry.failure[:60], "")
     return (
         str(entry.case),
         entry.name,
@@ -81,6 +82,7 @@ def cells(entry: Entry) -> tuple[str, ...]:
         "" if entry.case.algorithm == "adamw" else _rate(entry),
         f"{entry.roofline:.0%}" if entry.bare and entry.name != BARE else "",
         "{:.2f} ({:.2f} to {:.2f})".format(entry.ratio, *entry.ratio_range) if entry.ratios else "",
+        f"{entry.planned / entry.median:.2f}" if entry.planned else "",
     )
 
 
@@ -187,7 +189,7 @@ def markdown(
         " GFLOP/s count the textbook's products whoever runs: symmetric products by halves and the Gram"
         " form do with fewer. Peak memory is what a step holds beyond parameters, gradients and state."
         " `muon_torch` is Muon by the conventions of torch.optim.Muon. Peers whose polynomial knows bfloat16 alone"
-        " are given it in float32 where the case says so.",
+        " are given it in float32 where the case says so. Planned is what `conformance plan --hardware here` says.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),

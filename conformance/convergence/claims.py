@@ -244,13 +244,17 @@ def _grows_with_batch(measured: Measured) -> list[Verdict]:
 
 
 def _slopes(ratios: Mapping[int, Seeds]) -> list[float]:
-    """Of the logarithm of the ratio over log10 of the batch size by least squares, for each seed of all batches."""
+    """Of the logarithm of the ratio over log10 of the batch size by least squares, for each seed of all batches.
+
+    Not a number where the seed never reached the loss at some batch size.
+    """
     seeds = sorted(set.intersection(*(set(by_seed) for by_seed in ratios.values())))
-    x = [math.log10(batch) for batch in ratios]
-    return [
-        statistics.linear_regression(x, [math.log(by[seed]) for by in ratios.values()]).slope
-        for seed in seeds
-    ]
+    x, slopes = [math.log10(batch) for batch in ratios], []
+    for seed in seeds:
+        y = [math.log(by[seed]) for by in ratios.values()]
+        finite = all(map(math.isfinite, y))
+        slopes.append(statistics.linear_regression(x, y).slope if finite else math.nan)
+    return slopes
 
 
 def _close(claim: str, measured: Measured, pairs: Sequence[tuple[str, str]]) -> list[Verdict]:

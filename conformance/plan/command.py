@@ -44,6 +44,12 @@ def plan(
         str, typer.Option(help="Sizes of the axes: fsdp, fsdp x tp, or dp x fsdp x tp.")
     ] = "16x64x8",
     axes: Annotated[str | None, typer.Option(help="Their names, as dp,fsdp,tp.")] = None,
+    shard: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="AXIS=DIM, 0 for rows, 1 for columns, of every weight (repeatable).  [default: as the axes do it]"
+        ),
+    ] = None,
     optimizers: Annotated[
         list[str] | None,
         typer.Option(
@@ -102,12 +108,20 @@ def plan(
         raise typer.BadParameter(
             f"mesh {mesh} needs {len(sizes)} names of dp, fsdp, tp in --axes, not {axes!r}"
         )
+    dims = {}
+    for text in shard or ():
+        name, _, dim = text.partition("=")
+        if name not in names or name == "dp" or dim not in ("0", "1"):
+            raise typer.BadParameter(
+                f"--shard {text!r} must be AXIS=0 or AXIS=1, of the axes {', '.join(names)} but dp"
+            )
+        dims[name] = int(dim)
     try:
         chosen = [candidate(text) for text in optimizers or (WITH_GRADIENTS if gradients else USUAL)]
         built = model_of(model)
         if ranks not in ("h100", "here"):
             raise ValueError(f"--hardware {ranks!r} must be h100 or here")
-        dtypes = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+        dtypes = {"bfloat16": torch.bfloat16, "float32": torch.float32}
         if compute_dtype not in (None, *dtypes):
             raise ValueError(f"--compute-dtype {compute_dtype!r} must be one of {', '.join(dtypes)}")
         computed = dtypes[compute_dtype or ("float32" if ranks == "here" else "bfloat16")]
@@ -123,8 +137,8 @@ def plan(
         def told(said: str) -> None:
             progress.update(task, description=said[:40].ljust(40), advance=1)
 
-        # stated rates are meant to be used
-        stopwatch = Stopwatch() if ranks == "here" and not flops else None
+        stated = frozenset(text.partition("=")[0] for text in flops or ())
+        stopwatch = Stopwatch(hardware.flops, stated) if ranks == "here" else None
         done = estimates(
             built,
             sizes,
@@ -132,6 +146,7 @@ def plan(
             chosen,
             hardware,
             gradients=gradients,
+            dims=dims,
             compute_dtype=computed,
             stopwatch=stopwatch,
             told=told,
@@ -140,6 +155,12 @@ def plan(
     title = f"{built.name} ({built.size / 1e9:.3g}B parameters) on {'x'.join(map(str, sizes))} ({', '.join(names)})"
     console.print(_table(f"{what}, {title}", done, names))
     console.print(f"{hardware.name}; {hardware.source}", highlight=False)
+    if stopwatch is not None and stopwatch.priced:
+        priced, timed = len(stopwatch.priced), len(stopwatch.known)
+        console.print(
+            f"{priced} kinds of operators by their FLOPs at the rate, not timed; {timed} times measured",
+            highlight=False,
+        )
     parts = [_parts(one, names, hardware) for one in done]
     if picture is not None:
         draw(done, names, f"{what}, {title}", parts, picture)
@@ -149,6 +170,8 @@ def plan(
             "model": built.name,
             "parameters": built.size,
             "mesh": dict(zip(names, sizes, strict=True)),
+            "compute dtype": str(computed).removeprefix("torch."),
+            "operators": "timed" if stopwatch is not None else "by their FLOPs",
         }
         about["hardware"] = {
             "name": hardware.name,
@@ -211,7 +234,7 @@ def _table(title: str, done: Sequence[Estimate], names: Sequence[str]) -> Table:
 def _parts(one: Estimate, names: Sequence[str], hardware: Hardware) -> dict[str, float]:
     """Seconds of products, of passes through memory, and of each axis."""
     memory = one.cost.touched / hardware.memory_bandwidth
-    parts = {"products": one.time.compute - memory, "memory": memory}
+    parts = {"products": one.time.compute - memory - one.host, "memory": memory, "host": one.host}
     for axis, name in enumerate(names):
         parts[f"links of {name}"] = sum(
             t.bytes / hardware.bandwidth[axis] + hardware.latency[axis]

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conformance.plan.operators import Operator
 from dion_dtensor import exchange
 from dion_dtensor.layout import StorageLayout
-from dion_dtensor.orthonormalize.gram import iterate
+from dion_dtensor.orthonormalize import gram
 from dion_dtensor.planning import Cost, Transfer
 from dion_dtensor.planning.buckets import collective
 from dion_dtensor.planning.predict import basis_flops
@@ -88,6 +88,7 @@ def launched(
     dtype: torch.dtype = torch.float32,
     compute_dtype: torch.dtype = torch.bfloat16,
     device: str = "meta",
+    kind: str = "cuda",
     pending: tuple[int, ...] = (),
 ) -> Launched:
     """The step of a bucket of ``number`` matrices, run eagerly and looked at.
@@ -102,6 +103,7 @@ def launched(
         dtype: of parameters, gradients and state.
         compute_dtype: of the orthonormalization.
         device: "meta" for tensors without data; another one runs the step on ones, with the ranks of ``mesh``.
+        kind: of the device that tensors without data stand for: "cuda" or "cpu", which take some products otherwise.
         pending: axes of ``mesh`` over which the gradients are not averaged yet.
 
     Raises:
@@ -132,7 +134,10 @@ def launched(
     }
     grads, stacks = _local(stacked), {key: _local(state) for key, state, _ in states}
     before = stacked.largest_shard() * dtype.itemsize  # the engine joins the gradients
-    with Recorder(mesh, (grads, *stacks.values())) as recorder:
+    with (
+        mock.patch.object(gram, "META_STANDS_FOR", kind),
+        Recorder(mesh, (grads, *stacks.values())) as recorder,
+    ):
         update_of(plan)(grads, stacks, scalars, torch.ones((), dtype=torch.float64, device=device))
     cost = Cost(dict(recorder.flops), tuple(recorder.transfers), float(before + recorder.peak), 0.0)
     return Launched(cost, tuple(recorder.collectives), tuple(recorder.operators))
@@ -187,17 +192,17 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     ) -> Any:
         name = str(function).rsplit(".", 1)[0]
         if name == "dion_dtensor.gram_iterations":
-            self.operators.append(Operator.of(function, args, kwargs))
-            self.within = True  # one operator to the machine, whose products are to be counted
-            with self:
-                result = iterate(*args, **(kwargs or {}))
+            before, self.within = sum(self.flops.values()), True
+            with self:  # one operator to the machine, whose products are to be counted
+                result = gram.iterate(*args, **(kwargs or {}))
             self.within = False
+            self.operators.append(Operator.of(function, args, kwargs, sum(self.flops.values()) - before))
             return result
         result = function(*args, **(kwargs or {}))
         if count := _products(name, args):
             self.flops[str(args[0].dtype).removeprefix("torch.")] += count
         if (count or name in SORTS) and not self.within:
-            self.operators.append(Operator.of(function, args, kwargs))
+            self.operators.append(Operator.of(function, args, kwargs, count))
         if name in COLLECTIVES:
             axis = next(self.axes[arg] for arg in reversed(args) if isinstance(arg, str) and arg in self.axes)
             self._sent(COLLECTIVES[name], axis, args[0].numel() * args[0].element_size())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import Any
@@ -67,12 +67,14 @@ class Estimate:
         candidate: the optimizer.
         cost: counted; ``touched`` is in closed form.
         time: of it.
+        host: seconds of it that are the host's work; 0 where that is not known.
         predicted: FLOPs and bytes in closed form, as a check on the count.
     """
 
     candidate: Candidate
     cost: Cost
     time: Duration
+    host: float
     predicted: tuple[float, float]
 
 
@@ -99,18 +101,29 @@ def candidate(text: str) -> Candidate:
     return Candidate(name, value, averaged=not how)
 
 
-def placements_of(weight: Weight, names: Sequence[str], sizes: Sequence[int]) -> tuple[Placement, ...]:
-    """FSDP2 shards rows, tensor parallelism columns or rows, both on the rows as FSDP2 nests them."""
-    result: list[Placement] = []
+def placements_of(
+    weight: Weight, names: Sequence[str], sizes: Sequence[int], dims: Mapping[str, int] | None = None
+) -> tuple[Placement, ...]:
+    """FSDP2 shards rows, tensor parallelism columns or rows, both on one dim as FSDP2 nests them.
+
+    Args:
+        weight: whose.
+        names: of the mesh axes.
+        sizes: of them.
+        dims: 0 or 1, by the name of the axis that shards that dim of every weight instead.
+    """
+    usual = {"fsdp": 0, "tp": 1 if weight.row_parallel else 0}
+    sharded = {name: (dims or {}).get(name, usual.get(name)) for name in names}
     tp = next((size for name, size in zip(names, sizes, strict=True) if name == "tp"), 1)
+    result: list[Placement] = []
     for name in names:
-        if name == "fsdp":
-            nested = tp > 1 and not weight.row_parallel
-            result.append(_StridedShard(0, split_factor=tp) if nested else Shard(0))
-        elif name == "tp":
-            result.append(Shard(1) if weight.row_parallel else Shard(0))
-        else:
+        dim = sharded[name]
+        if dim is None:
             result.append(Replicate())
+        elif name == "fsdp" and tp > 1 and sharded.get("tp") == dim:
+            result.append(_StridedShard(dim, split_factor=tp))
+        else:
+            result.append(Shard(dim))
     return tuple(result)
 
 
@@ -122,6 +135,7 @@ def estimates(
     hardware: Hardware,
     *,
     gradients: bool = False,
+    dims: Mapping[str, int] | None = None,
     compute_dtype: torch.dtype = torch.bfloat16,
     stopwatch: Stopwatch | None = None,
     told: Callable[[str], None] = lambda _: None,
@@ -135,6 +149,7 @@ def estimates(
         candidates: optimizers.
         hardware: what a rank and its links do.
         gradients: whether what averages them over "dp" is counted, in float32.
+        dims: see :func:`placements_of`.
         compute_dtype: of the orthonormalization.
         stopwatch: for operators and the work of the host; None for FLOPs by the hardware's rate, and no such work.
         told: is called with what is going on.
@@ -143,38 +158,49 @@ def estimates(
         RuntimeError: a process group exists already.
         ValueError: the hardware lacks a dtype or an axis.
     """
-    result = []
+    result, kind = [], "cpu" if stopwatch else "cuda"
     with fake_mesh(tuple(sizes), tuple(names)) as mesh:
         scalars = _elementwise(model.scalars, sizes, names, gradients)
         for one in candidates:
-            costs, closed = [scalars], []
-            operators: list[Operator] = []
+            costs, closed, runs = [scalars], [], 0
+            operators: list[tuple[Operator, float]] = []
             for weight in model.weights:
                 told(f"{one}: {weight.name}")
+                own = _runs(weight, one, sizes) if stopwatch else 1
                 counted, predicted, launches = _weight(
-                    weight, mesh, names, sizes, one, gradients, compute_dtype
+                    weight,
+                    mesh,
+                    placements_of(weight, names, sizes, dims),
+                    names,
+                    sizes,
+                    one,
+                    gradients,
+                    compute_dtype,
+                    own,
+                    kind,
                 )
                 costs.append(counted)
                 closed.append(predicted)
                 operators += launches
+                runs += own
             cost = total(costs)
             check = total([scalars, *closed])
-            time = duration(cost, hardware)
+            time, host = duration(cost, hardware), 0.0
             if stopwatch is not None:
-                spent = [
-                    stopwatch.host(one.algorithm, weight.count, _buckets(weight, sizes))
-                    for weight in model.weights
-                ]
-                spent += map(stopwatch.operator, operators)
-                time = replace(time, compute=sum(spent) + cost.touched / hardware.memory_bandwidth)
-            result.append(Estimate(one, cost, time, (sum(check.flops.values()), check.bytes())))
+                matrices = sum(weight.count for weight in model.weights)
+                # An elementwise rule steps all of them together.
+                host = stopwatch.host(one.algorithm, matrices, 1 if one.algorithm == "adamw" else runs)
+                spent = sum(times * stopwatch.operator(operator) for operator, times in operators)
+                time = replace(time, compute=host + spent + cost.touched / hardware.memory_bandwidth)
+            result.append(Estimate(one, cost, time, host, (sum(check.flops.values()), check.bytes())))
     return result
 
 
-def _buckets(weight: Weight, sizes: Sequence[int]) -> int:
-    """Tensors of one device are stepped a few at a time, as a CPU's caches want it."""
-    most = CPU_BUCKET_BYTES if math.prod(sizes) == 1 else None
-    return runs_of(weight.count, 4 * weight.shape[0] * weight.shape[1], most)
+def _runs(weight: Weight, one: Candidate, sizes: Sequence[int]) -> int:
+    """How often a CPU steps some of the matrices: those of one device a few at a time, as its caches want it."""
+    if math.prod(sizes) > 1 or one.algorithm == "adamw":
+        return 1
+    return runs_of(weight.count, 4 * weight.shape[0] * weight.shape[1], CPU_BUCKET_BYTES)
 
 
 def _elementwise(elements: int, sizes: Sequence[int], names: Sequence[str], gradients: bool) -> Cost:
@@ -200,18 +226,20 @@ def _averaging(held: float, sizes: Sequence[int], names: Sequence[str]) -> tuple
 def _weight(
     weight: Weight,
     mesh: DeviceMesh,
+    placements: tuple[Placement, ...],
     names: Sequence[str],
     sizes: Sequence[int],
     one: Candidate,
     gradients: bool,
     compute_dtype: torch.dtype,
-) -> tuple[Cost, Cost, tuple[Operator, ...]]:
-    """Counted, in closed form, and the operators; of all matrices of ``weight``."""
+    runs: int,
+    kind: str,
+) -> tuple[Cost, Cost, list[tuple[Operator, float]]]:
+    """Counted, in closed form, and the operators with how often they are launched; of all matrices of ``weight``."""
     elements = weight.count * weight.shape[0] * weight.shape[1]
     if one.algorithm == "adamw":
         cost = _elementwise(elements, sizes, names, gradients)
-        return cost, cost, ()
-    placements = placements_of(weight, names, sizes)
+        return cost, cost, []
     shards = tuple(getattr(placement, "dim", None) for placement in placements)
     bucket = Bucket(
         weight.shape,
@@ -227,24 +255,27 @@ def _weight(
         way = choose(bucket, one.algorithm, usual_hardware(len(sizes)), fraction=one.share, among=among).way
         hyper["path"] = way
     pending = () if one.averaged else tuple(axis for axis, name in enumerate(names) if name == "dp")
+    number = -(-weight.count // runs)
     found = launched(
         mesh,
         placements,
         weight.shape,
-        weight.count,
+        number,
         one.algorithm,
         hyper,
         compute_dtype=compute_dtype,
+        kind=kind,
         pending=pending,
     )
-    cost = found.cost
+    cost, times = found.cost, weight.count / number
     guess = predict(bucket, one.algorithm, way, one.share)
     before: tuple[Transfer, ...] = ()
     if gradients and one.averaged:
         before = _averaging(_held(elements, sizes, names), sizes, names)
-    transfers = (*before, *cost.transfers)
+    transfers = (*before, *cost.transfers)  # none where there are runs: these are of one rank
+    flops = {dtype: times * amount for dtype, amount in cost.flops.items()}
     return (
-        Cost(cost.flops, transfers, cost.memory, guess.touched),
+        Cost(flops, transfers, cost.memory, guess.touched),
         replace(guess, transfers=(*before, *guess.transfers)),
-        found.operators,
+        [(operator, times) for operator in found.operators],
     )

@@ -16,7 +16,7 @@ from conformance.plan.estimate import Estimate
 
 __all__ = ["draw"]
 
-COLORS = {"products": "#4c72b0", "memory": "#55a868"}
+COLORS = {"products": "#4c72b0", "memory": "#55a868", "host": "#937860"}
 LINKS = ("#dd8452", "#c0392b", "#8172b3")
 
 
@@ -63,10 +63,12 @@ def _bars(
     """Bars up to ``limit`` ms; those that leave the picture have no number."""
     labels = [str(one.candidate) for one in estimates]
     bottom = [0.0] * len(labels)
-    order = ["products", "memory", *(f"links of {name}" for name in names)]
+    order = [*COLORS, *(f"links of {name}" for name in names)]
     for index, part in enumerate(order):
         heights = [1e3 * one[part] for one in parts]
-        color = COLORS.get(part) or LINKS[(index - 2) % len(LINKS)]
+        if part == "host" and not any(heights):  # not known
+            continue
+        color = COLORS.get(part) or LINKS[(index - len(COLORS)) % len(LINKS)]
         plot.bar(labels, heights, bottom=bottom, color=color, label=part)
         bottom = [low + high for low, high in zip(bottom, heights, strict=True)]
     for index, (height, one) in enumerate(zip(bottom, estimates, strict=True)):

@@ -14,7 +14,7 @@ from dion_dtensor.planning import Hardware
 __all__ = ["h100", "this_machine"]
 
 # NVIDIA H100 SXM datasheet: dense bfloat16 989 TFLOP/s, float32 67 TFLOP/s, HBM3 3.35 TB/s, NVLink 900 GB/s both ways.
-FLOPS = {"bfloat16": 989e12, "float16": 989e12, "float32": 67e12, "float64": 34e12}
+FLOPS = {"bfloat16": 989e12, "float32": 67e12, "float64": 34e12}
 MEMORY = 3.35e12
 NVLINK, INFINIBAND = 450e9, 50e9  # bytes/s of one direction; 400 Gb/s a GPU
 LATENCY_NVLINK, LATENCY_INFINIBAND = 15e-6, 40e-6

@@ -26,17 +26,26 @@ class Operator:
     Attributes:
         function: of torch's dispatcher.
         args, kwargs: of the call.
+        flops: of its products.
     """
 
     function: Any
     args: tuple[Any, ...]
     kwargs: Mapping[str, Any]
+    flops: float = 0.0
 
     @staticmethod
-    def of(function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None) -> Operator:
+    def of(
+        function: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any] | None, flops: float = 0.0
+    ) -> Operator:
         """Of a call that is being made; nothing of its memory is kept."""
         args, kwargs = tree_map_only(Tensor, _bare, (args, dict(kwargs or {})))
-        return Operator(function, args, kwargs)
+        return Operator(function, args, kwargs, flops)
+
+    @property
+    def dtype(self) -> str:
+        """Of what it is given first."""
+        return str(self.args[0].dtype).removeprefix("torch.")
 
     @property
     def key(self) -> str:
@@ -62,23 +71,35 @@ class Stopwatch:
     """Times on the CPU with torch's threads; each kind once.
 
     Attributes:
+        rates: FLOP/s by dtype, of what is not timed.
+        stated: dtypes whose rate is to be used.
+        longest: seconds beyond which, by its rate, an operator is not timed.
         seconds: at least to spend on a kind.
         compile: whether steps are compiled.
         known: by what was timed.
+        priced: the kinds that were not timed.
     """
 
+    rates: Mapping[str, float]
+    stated: frozenset[str] = frozenset()
+    longest: float = 4.0
     seconds: float = 0.2
     compile: bool = True
     known: dict[str, float] = field(default_factory=dict)
+    priced: set[str] = field(default_factory=set)
 
     def operator(self, operator: Operator) -> float:
-        """Seconds of an operator, on values drawn for it."""
+        """Seconds of an operator, on values drawn for it; by its FLOPs where it would take too long."""
+        foreseen = operator.flops / self.rates[operator.dtype] if operator.flops else 0.0
+        if foreseen > self.longest or (foreseen and operator.dtype in self.stated):
+            self.priced.add(operator.key)
+            return foreseen
         if operator.key not in self.known:
             args, kwargs = tree_map_only(Tensor, _drawn, (operator.args, dict(operator.kwargs)))
             self.known[operator.key] = self._median(lambda: operator.function(*args, **kwargs))
         return self.known[operator.key]
 
-    def host(self, algorithm: str, count: int, buckets: int = 1) -> float:
+    def host(self, algorithm: str, count: int, buckets: int) -> float:
         """Seconds of a step of ``count`` matrices too small to take any: the host's work, and launches."""
         key = f"{algorithm} {count} {buckets}"
         if key not in self.known:
@@ -94,9 +115,12 @@ class Stopwatch:
         return self.known[key]
 
     def _median(self, action: Callable[[], object]) -> float:
-        """Of three times at least, after three that may compile."""
+        """Of three times at least, after three that may compile; of one where that takes a second."""
         for _ in range(3):
+            began = time.perf_counter()
             action()
+        if time.perf_counter() - began > 1:
+            return time.perf_counter() - began
         times: list[float] = []
         while len(times) < 3 or sum(times) < self.seconds:
             began = time.perf_counter()

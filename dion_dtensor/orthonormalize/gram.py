@@ -33,6 +33,8 @@ CPU_HAS_BF16 = torch._C._has_mkldnn and bool(torch.ops.mkldnn._is_mkldnn_bf16_su
 # Blocks of fewer rows lose to overhead what the symmetry saves (measured, AVX2 and AVX512 with bf16 units).
 SMALLEST_BLOCK, SMALLEST_BF16_BLOCK = 128, 256
 BLOCKS = 4
+META_STANDS_FOR = "cuda"
+"""The kind of device that tensors without data are counted for."""
 # A smaller product does not fill a GPU when it is taken apart (measured, H200).
 SMALLEST_SPLIT_ON_GPU = 3072
 # On a CPU, what fits its caches; and larger tensors are mapped anew by the allocator, and faulted in, every time.
@@ -79,7 +81,7 @@ def product_dtype(stack: Tensor) -> torch.dtype:
 
     There it is faster, and closer.
     """
-    slow = stack.dtype == torch.bfloat16 and stack.device.type == "cpu" and not CPU_HAS_BF16
+    slow = stack.dtype == torch.bfloat16 and _kind(stack) == "cpu" and not CPU_HAS_BF16
     return torch.float32 if slow else stack.dtype
 
 
@@ -242,7 +244,11 @@ def _added(base: Tensor, left: Tensor, right: Tensor, **options: Any) -> Tensor:
 
 def _blocks(stack: Tensor) -> int:
     """Block rows of a symmetric product of ``[N, n, k]``: several where that was measured to be faster."""
-    if stack.device.type != "cpu":
+    if _kind(stack) != "cpu":
         return BLOCKS if min(stack.shape[-2:]) >= SMALLEST_SPLIT_ON_GPU else 1
     smallest = SMALLEST_BF16_BLOCK if stack.dtype == torch.bfloat16 else SMALLEST_BLOCK
     return max(1, min(BLOCKS, min(stack.shape[-2:]) // smallest))
+
+
+def _kind(stack: Tensor) -> str:
+    return META_STANDS_FOR if stack.device.type == "meta" else stack.device.type

@@ -239,6 +239,17 @@ def test_a_trend_is_shown_only_if_the_ends_do_not_overlap(spread: float, verdict
     assert found.high < 1
 
 
+def test_a_trend_with_a_seed_that_never_gets_there_is_not_shown() -> None:
+    studies = [replace(STUDY, name=f"batch {batch}", batch=batch) for batch in (4, 40, 400)]
+    budgets, seeds = (2, 4, 8, 16, 32), (1, 2, 3)
+    curve = {s: {i: 3 - 0.1 * math.log2(s) + 1e-4 * i for i in seeds} for s in budgets}
+    never = {s: {**by_seed, 2: 5.0} for s, by_seed in curve.items()}
+    results = [_result(study, "AdamW", curve) for study in studies]
+    results += [_result(s, "Muon", never if s.batch == 40 else curve) for s in studies]
+    (found,) = (one for one in verdicts(Measured(results)) if "grows with the batch" in one.claim)
+    assert found.verdict == "not shown at this scale"
+
+
 def test_step_times_are_measured_once() -> None:
     clock = Clock(BestPort())
     first = clock.step(MUON)

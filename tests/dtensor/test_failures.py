@@ -77,6 +77,7 @@ def test_a_step_that_fails_in_the_middle_is_undone(
 
     def failing(bucket: Bucket, *args: Any) -> None:
         really(bucket, *args)
+        bucket.pending = (0,)
         if bucket is optimizer.buckets[-1]:
             raise MemoryError("no more")
 
@@ -85,6 +86,9 @@ def test_a_step_that_fails_in_the_middle_is_undone(
         optimizer.step()
     monkeypatch.undo()
     assert all(torch.equal(a, b) for a, b in zip(parameters, expected, strict=True)) == atomic
+    assert all(bucket.pending == (() if atomic else (0,)) for bucket in optimizer.buckets)
+    for bucket in optimizer.buckets:
+        bucket.pending = ()
     for weights, stepper in ((parameters, optimizer), (expected, other)):
         give(weights, 1)
         stepper.step()
@@ -92,6 +96,31 @@ def test_a_step_that_fails_in_the_middle_is_undone(
     for a, b in zip(parameters, expected, strict=True):
         same += [torch.equal(optimizer.state[a][key], value) for key, value in other.state[b].items()]
     assert all(same) == atomic
+
+
+def test_a_step_whose_momenta_cannot_be_averaged_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters, optimizer = trainer(Dion, resync_every=2, atomic=True)
+    for step in range(2):
+        give_gradients(parameters, step)
+        before = [parameter.detach().clone() for parameter in parameters]
+        if step:
+
+            def lost() -> None:
+                raise RuntimeError("lost")
+
+            monkeypatch.setattr(optimizer, "synchronize", lost)
+            with pytest.raises(RuntimeError, match="lost"):
+                optimizer.step()
+            assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+            monkeypatch.undo()
+        optimizer.step()
+        assert not any(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+    synchronized = []
+    monkeypatch.setattr(optimizer, "synchronize", lambda: synchronized.append(True))
+    optimizer.step()
+    assert not synchronized  # the step that failed was not counted
+    optimizer.step()
+    assert synchronized
 
 
 def test_a_save_that_is_killed_leaves_the_earlier_one(tmp_path: Path) -> None:
