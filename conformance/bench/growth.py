@@ -10,7 +10,7 @@ from conformance.bench.contenders import OURS, Case
 from conformance.bench.measure import measure
 from conformance.bench.products import flops
 from conformance.bench.traffic import traffic
-from dion_dtensor.planning import Bucket, predict
+from dion_dtensor.planning import Bucket, choose, usual_hardware
 
 __all__ = ["RANKS", "Line", "lines", "sent_lines", "slope"]
 
@@ -28,7 +28,7 @@ class Line:
         quantity: "N", "m", "n" or "r", or RANKS.
         values: of the quantity.
         measured: median seconds of a step; bytes that a rank sends where the quantity is RANKS.
-        expected: FLOPs of the textbook's products; bytes in closed form.
+        expected: FLOPs of the textbook's products; bytes in closed form, of the way that is chosen.
     """
 
     algorithm: str
@@ -124,5 +124,5 @@ def sent_lines(
                 raise RuntimeError(row.failure)
             found.append(row.bytes)
             bucket = Bucket(case.shape, case.count, (ranks,), (0,), compute_dtype=case.dtype)
-            closed.append(predict(bucket, algorithm, fraction=case.part).bytes())
+            closed.append(choose(bucket, algorithm, usual_hardware(1), fraction=case.part).cost.bytes())
         yield Line(algorithm, RANKS, PROCESSES, tuple(found), tuple(closed))

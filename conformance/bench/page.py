@@ -210,7 +210,8 @@ def markdown(
         lines += [
             "Of the step time with N matrices of m rows and n columns and with the rank r; of the bytes that a rank"
             f" sends with the number of {RANKS}, every matrix sharded by rows. Exponents of powers by least squares;"
-            " theory is the textbook's FLOPs, or the bytes in closed form.",
+            " theory is the textbook's FLOPs, or the bytes in closed form. Times of steps as short as these grow more"
+            " slowly than their FLOPs, for passes through memory and the host take their share.",
             "",
             "| algorithm | quantity | values | exponent | in theory |",
             "|---|---|---|---|---|",

@@ -134,6 +134,10 @@ class Measured:
         """Its title."""
         return self._study(study).spec.title
 
+    def unit(self, study: str) -> str:
+        """Of its loss."""
+        return self._study(study).spec.unit
+
     def title(self, study: str) -> str:
         """Workload and batch size."""
         one = self._study(study)
@@ -283,7 +287,7 @@ def _compared(
                         gap.mean,
                         gap.low,
                         gap.high,
-                        "nats above " + reference,
+                        f"{measured.unit(study)} above {reference}",
                     )
                 )
     return made or _none(claim)
@@ -313,7 +317,7 @@ def _narrows(measured: Measured) -> list[Verdict]:
                 change.mean,
                 change.low,
                 change.high,
-                "nats of change",
+                f"{measured.unit(measured.studies('batch', 'width')[0])} of change",
             )
         )
     return made or _none("the gap of a low rank or fraction narrows with the width")

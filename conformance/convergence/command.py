@@ -28,7 +28,10 @@ def sweep(
     ] = "tiny",
     width: Annotated[int | None, typer.Option(min=32, help="Width of the core's GPT.")] = None,
     layers: Annotated[int | None, typer.Option(min=1, help="Its blocks.")] = None,
-    seeds: Annotated[int, typer.Option(min=2, max=10, help="Seeds of every reported number.")] = 4,
+    seeds: Annotated[int, typer.Option(min=3, max=10, help="Seeds of every reported number.")] = 4,
+    task: Annotated[
+        str, typer.Option(help="gpt, or teacher: a student of a random teacher, which needs no data.")
+    ] = "gpt",
     text: Annotated[
         str,
         typer.Option(
@@ -51,11 +54,13 @@ def sweep(
     from conformance.convergence.data import TEXTS, largest_text, usual_images
     from conformance.convergence.job import run_sweep
 
+    if task not in ("gpt", "teacher"):
+        raise typer.BadParameter(f"{task!r} is no task; choose gpt or teacher")
     if text and text not in TEXTS and not Path(text).is_file():
         raise typer.BadParameter(f"{text!r} is neither a file nor one of {', '.join(TEXTS)}")
     # by name, so that stored runs stay apart when another text or other images are installed later
     spec = replace(scale.spec, width=width or scale.spec.width, layers=layers or scale.spec.layers)
-    spec = replace(spec, data=text or largest_text())
+    spec = replace(spec, kind=task, data="" if task == "teacher" else text or largest_text())
     scale = replace(scale, spec=spec, seeds=seeds, images=images or usual_images())
 
     raise typer.Exit(run_sweep(scale, folder, budget, device, plan_only=plan_only, json_file=json_file))

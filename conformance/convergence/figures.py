@@ -187,7 +187,7 @@ def loss_by_fraction(measured: Measured) -> Figure | None:
     )
     for axes, study in zip(grid[0], studies, strict=True):
         _fraction_panel(axes, measured, study)
-    grid[0][0].set_ylabel("held-out loss, nats; 95% intervals within seeds")
+    grid[0][0].set_ylabel(f"held-out loss, {measured.unit(studies[0])}; 95% intervals within seeds")
     return figure
 
 
@@ -237,20 +237,20 @@ def error_feedback(measured: Measured) -> Figure | None:
             if on and off:
                 seeds = sorted(set(on.final) & set(off.final))
                 gaps = [off.final[seed] - on.final[seed] for seed in seeds]
-                rows.append((f"rank {mark}, {measured.setting(study)}", gaps))
+                rows.append((f"rank {mark}, {measured.setting(study)}", gaps, measured.unit(study)))
     if not rows:
         return None
     figure, axes = plt.subplots(figsize=(8.4, 1.6 + 0.5 * len(rows)), layout="constrained")
-    for place, (_, gaps) in enumerate(rows):
+    for place, (_, gaps, _) in enumerate(rows):
         one = interval(gaps)
         low, high = _bars(one)
         axes.errorbar(one.mean, place, xerr=[[low], [high]], marker="o", capsize=4, color=COLORS["Dion"])
         axes.plot(gaps, [place + 0.18] * len(gaps), "|", color="#888888", ms=7)
     axes.axvline(0.0, color="black", lw=0.8)
-    axes.set_yticks(range(len(rows)), [name for name, _ in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [name for name, _, _ in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     axes.set_xlabel(
-        "loss without error feedback minus loss with it, nats (right of 0: it pays)\n"
+        f"loss without error feedback minus loss with it, {rows[0][2]} (right of 0: it pays)\n"
         "dot and bar: mean and 95% interval; ticks: seeds"
     )
     _clean(axes)
@@ -295,8 +295,8 @@ def width_trend(measured: Measured) -> Figure | None:
     axes.xaxis.set_major_locator(FixedLocator(sorted(widths)))
     axes.set_xticklabels([str(width) for width in sorted(widths)])
     axes.set_xlabel("width of the model")
-    axes.set_ylabel("held-out loss minus that of the reference, nats")
     first = studies[0]
+    axes.set_ylabel(f"held-out loss minus that of the reference, {measured.unit(first)}")
     axes.set_title(
         f"{measured.workload(first).partition(',')[0]}, batch {measured.batch_of(first)}, "
         f"{measured.budget_of(first)} steps. Bars: 95% intervals over seeds",

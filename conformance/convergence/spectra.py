@@ -14,7 +14,8 @@ from conformance.convergence.workloads import Spec
 from dion_ref import ALGORITHMS
 from dion_ref.linalg import polar_factor
 
-MATRIX = "blocks.0.mlp.up.weight"
+MATRICES = {"gpt": "blocks.0.mlp.up.weight", "teacher": "2.weight"}
+"""The matrix that is looked at, by the kind of the model."""
 STEPS = 60
 RULES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     "Muon, Polar Express": ("muon", {"polynomial": "polar_express"}),
@@ -29,12 +30,12 @@ RULES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 def singular_values(port: Port, spec: Spec, batch: int, lr: float) -> dict[str, list[float]]:
     """Singular values of the update of one MLP matrix, largest first.
 
-    A GPT is trained by Muon; the float64 oracle of each rule is fed the same gradients of the matrix.  The update
+    The model is trained by Muon; the float64 oracle of each rule is fed the same gradients of the matrix.  The update
     is without learning rate and scale, so the polar factor of Muon's momentum has ones only.
 
     Args:
         port: trains the model.
-        spec: a GPT.
+        spec: of a kind in MATRICES.
         batch: of a step.
         lr: Muon's.
 
@@ -43,7 +44,8 @@ def singular_values(port: Port, spec: Spec, batch: int, lr: float) -> dict[str, 
     """
     trainer = Trainer(Run(spec, "muon", (), batch, STEPS, lr, 0), port)
     gradients: list[Tensor] = []
-    parameter = dict(trainer.model.named_parameters())[MATRIX]
+    name_of_matrix = MATRICES[spec.kind]
+    parameter = dict(trainer.model.named_parameters())[name_of_matrix]
 
     def keep(gradient: Tensor) -> None:
         gradients.append(gradient.double().clone())
@@ -57,7 +59,7 @@ def singular_values(port: Port, spec: Spec, batch: int, lr: float) -> dict[str, 
         rule = ALGORITHMS[algorithm]
         chosen = rule.Hyper(lr=1.0, weight_decay=0.0, scale=None, **hyper)
         weight = torch.zeros(parameter.shape, dtype=torch.float64)
-        state = rule.init(weight, chosen, name=MATRIX)
+        state = rule.init(weight, chosen, name=name_of_matrix)
         for gradient in gradients:
             before = weight
             weight, state = rule.step(weight, gradient, state, chosen)

@@ -222,7 +222,7 @@ SCALES: Mapping[str, Scale] = {
         spec=Spec(width=768, layers=12, length=1024, heads=6),
         core_batch=1024,
         core_steps=3000,
-        batches=(4096, 256),
+        batches=(8192, 64, 256, 4096),
         long_steps=6000,
         widths=(768, 384, 1536),
         micro=16,

@@ -49,6 +49,11 @@ class Spec:
         return self.heads or max(1, self.width // 32)
 
     @property
+    def unit(self) -> str:
+        """Of the loss."""
+        return "squared error" if self.kind == "teacher" else "nats"
+
+    @property
     def title(self) -> str:
         """As reports print it."""
         names = {"gpt": "GPT", "vit": "vision transformer", "resnet": "ResNet", "teacher": "teacher-student"}

@@ -127,6 +127,19 @@ def placements_of(
     return tuple(result)
 
 
+@dataclass(frozen=True)
+class _Setting:
+    """What all weights of a plan share; see :func:`estimates`."""
+
+    mesh: DeviceMesh
+    sizes: tuple[int, ...]
+    names: tuple[str, ...]
+    dims: Mapping[str, int]
+    gradients: bool
+    compute_dtype: torch.dtype
+    kind: str  # of the device
+
+
 def estimates(
     model: Model,
     sizes: Sequence[int],
@@ -158,8 +171,10 @@ def estimates(
         RuntimeError: a process group exists already.
         ValueError: the hardware lacks a dtype or an axis.
     """
-    result, kind = [], "cpu" if stopwatch else "cuda"
-    with fake_mesh(tuple(sizes), tuple(names)) as mesh:
+    result, sizes, names = [], tuple(sizes), tuple(names)
+    with fake_mesh(sizes, names) as mesh:
+        kind = "cpu" if stopwatch else "cuda"
+        setting = _Setting(mesh, sizes, names, dims or {}, gradients, compute_dtype, kind)
         scalars = _elementwise(model.scalars, sizes, names, gradients)
         for one in candidates:
             costs, closed, runs = [scalars], [], 0
@@ -167,18 +182,7 @@ def estimates(
             for weight in model.weights:
                 told(f"{one}: {weight.name}")
                 own = _runs(weight, one, sizes) if stopwatch else 1
-                counted, predicted, launches = _weight(
-                    weight,
-                    mesh,
-                    placements_of(weight, names, sizes, dims),
-                    names,
-                    sizes,
-                    one,
-                    gradients,
-                    compute_dtype,
-                    own,
-                    kind,
-                )
+                counted, predicted, launches = _weight(weight, one, own, setting)
                 costs.append(counted)
                 closed.append(predicted)
                 operators += launches
@@ -186,7 +190,7 @@ def estimates(
             cost = total(costs)
             check = total([scalars, *closed])
             time, host = duration(cost, hardware), 0.0
-            if stopwatch is not None:
+            if stopwatch is not None and model.weights:
                 matrices = sum(weight.count for weight in model.weights)
                 # An elementwise rule steps all of them together.
                 host = stopwatch.host(one.algorithm, matrices, 1 if one.algorithm == "adamw" else runs)
@@ -224,22 +228,15 @@ def _averaging(held: float, sizes: Sequence[int], names: Sequence[str]) -> tuple
 
 
 def _weight(
-    weight: Weight,
-    mesh: DeviceMesh,
-    placements: tuple[Placement, ...],
-    names: Sequence[str],
-    sizes: Sequence[int],
-    one: Candidate,
-    gradients: bool,
-    compute_dtype: torch.dtype,
-    runs: int,
-    kind: str,
+    weight: Weight, one: Candidate, runs: int, setting: _Setting
 ) -> tuple[Cost, Cost, list[tuple[Operator, float]]]:
     """Counted, in closed form, and the operators with how often they are launched; of all matrices of ``weight``."""
+    sizes, names, gradients = setting.sizes, setting.names, setting.gradients
     elements = weight.count * weight.shape[0] * weight.shape[1]
     if one.algorithm == "adamw":
         cost = _elementwise(elements, sizes, names, gradients)
         return cost, cost, []
+    placements = placements_of(weight, names, sizes, setting.dims)
     shards = tuple(getattr(placement, "dim", None) for placement in placements)
     bucket = Bucket(
         weight.shape,
@@ -247,7 +244,7 @@ def _weight(
         tuple(sizes),
         shards,
         strided=strided_axes(placements),
-        compute_dtype=compute_dtype,
+        compute_dtype=setting.compute_dtype,
     )
     way, hyper = None, dict(one.hyper)
     if one.algorithm in ("dion", "dion2", "dion3"):
@@ -257,14 +254,14 @@ def _weight(
     pending = () if one.averaged else tuple(axis for axis, name in enumerate(names) if name == "dp")
     number = -(-weight.count // runs)
     found = launched(
-        mesh,
+        setting.mesh,
         placements,
         weight.shape,
         number,
         one.algorithm,
         hyper,
-        compute_dtype=compute_dtype,
-        kind=kind,
+        compute_dtype=setting.compute_dtype,
+        kind=setting.kind,
         pending=pending,
     )
     cost, times = found.cost, weight.count / number

@@ -300,6 +300,19 @@ def test_a_budget_is_kept_and_everything_is_written(tmp_path: Path, monkeypatch:
     }  # fmt: skip
 
 
+def test_a_teacher_is_learned_where_there_are_no_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _with_step_times(tmp_path, 0.002)
+    scale = replace(SCALE, spec=Spec("teacher", 32), vision_steps=80)
+    assert run_sweep(scale, tmp_path, 1.0, "cpu", now=_time_of_steps(monkeypatch, 0.01)) == 0
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert {"core: AdamW", "core: Muon", "core: Dion 1/4", "core: Dion 1"} <= set(content["done"])
+    near = [one for one in content["claims"] if one["claim"].startswith("a quarter of the rank")]
+    assert near[0]["unit"] == "squared error above Dion 1"
+    assert "singular_values.png" in content["figures"]
+
+
 def test_what_a_slow_machine_cuts_off_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
