@@ -131,7 +131,7 @@ def draw_growth(growth: Sequence[Line], file: Path) -> None:
 
     titles = {"N": "matrices", "m": "rows", "n": "columns", "r": "rank, or chosen slices", RANKS: "processes"}
     quantities = [quantity for quantity in titles if any(line.quantity == quantity for line in growth)]
-    figure, axes = plt.subplots(1, len(quantities), figsize=(4.2 * len(quantities), 4.2), squeeze=False)
+    figure, axes = plt.subplots(1, len(quantities), figsize=(3.8 * len(quantities), 5.2), squeeze=False)
     names = list(dict.fromkeys(line.algorithm for line in growth))
     for plot, quantity in zip(axes[0], quantities, strict=True):
         unit = 1e-6 if quantity == RANKS else 1e3
@@ -144,13 +144,15 @@ def draw_growth(growth: Sequence[Line], file: Path) -> None:
             # Bytes are bytes; of FLOPs only the growth can be compared.
             scale = unit if quantity == RANKS else unit * line.measured[-1] / line.expected[-1]
             plot.plot(line.values, [scale * one for one in line.expected], ":", color=color, alpha=0.6)
-            plot.set_xticks(line.values)
+        values = sorted({value for line in growth if line.quantity == quantity for value in line.values})
         plot.set(xscale="log", yscale="log", xlabel=f"{titles[quantity]} ({quantity})")
         plot.xaxis.set_major_formatter(ScalarFormatter())
         plot.xaxis.set_minor_formatter(NullFormatter())
+        plot.set_xticks(values)  # after the scale, which has ticks of its own
         plot.set_xticks([], minor=True)
         plot.set_ylabel("MB that a rank sends" if quantity == RANKS else "step of dion_dtensor (ms)")
-        plot.legend(title="exponent measured (of theory)", fontsize=7, title_fontsize=7)
+        below = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.16)}
+        plot.legend(title="exponent measured (of theory)", fontsize=8, title_fontsize=8, **below)
         plot.grid(alpha=0.3)
     figure.suptitle(
         "Growth of a step. Dotted: the textbook's FLOPs through the last point; bytes in closed form"
