@@ -273,9 +273,9 @@ def _time_of_steps(monkeypatch: pytest.MonkeyPatch, seconds: float) -> Callable[
     return lambda: taken[0]
 
 
-def _with_step_times(folder: Path, seconds: float) -> None:
+def _with_step_times(folder: Path, seconds: float, scale: Scale = SCALE) -> None:
     known: dict[str, float] = {}
-    for task in tasks(SCALE):
+    for task in tasks(scale):
         run = task.study.run(task.entry, 1e-4, 0, 1000)
         known[Clock.model_key(run)] = known[Clock.rule_key(run)] = seconds / 2
     Store(folder).write("step_times.json", {"cpu": known})
@@ -303,9 +303,9 @@ def test_a_budget_is_kept_and_everything_is_written(tmp_path: Path, monkeypatch:
 def test_a_teacher_is_learned_where_there_are_no_data(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _with_step_times(tmp_path, 0.002)
     scale = replace(SCALE, spec=Spec("teacher", 32), vision_steps=80)
-    assert run_sweep(scale, tmp_path, 1.0, "cpu", now=_time_of_steps(monkeypatch, 0.01)) == 0
+    _with_step_times(tmp_path, 0.02, scale)
+    assert run_sweep(scale, tmp_path, 0.4, "cpu", now=_time_of_steps(monkeypatch, 0.01)) == 0
     content = json.loads((tmp_path / "results.json").read_text())
     assert {"core: AdamW", "core: Muon", "core: Dion 1/4", "core: Dion 1"} <= set(content["done"])
     near = [one for one in content["claims"] if one["claim"].startswith("a quarter of the rank")]
