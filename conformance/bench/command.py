@@ -130,11 +130,11 @@ def bench(
 
         for batch in [cases] if jobs > 1 else [[case] for case in cases]:
             for found in measure_all(batch, rounds, jobs=jobs, patience=patience, told=tell):
+                ours = found[0]
+                if foreseen is not None and not ours.failure and ours.case.algorithm != "muon_torch":
+                    tell(f"{ours.case}: planned")
+                    ours.planned = foreseen(ours.case)
                 entries += [replace(entry, peak=highest) for entry in found]
-                if foreseen is not None and not found[0].failure and found[0].case.algorithm != "muon_torch":
-                    tell(f"{found[0].case}: planned")
-                    place = len(entries) - len(found)
-                    entries[place] = replace(entries[place], planned=foreseen(found[0].case))
                 progress.advance(task)
                 save()
         for case in cases if ranks else ():
@@ -175,8 +175,6 @@ def bench(
 
 def _forecast(threads: int) -> Callable[[Case], float]:
     """Seconds of a step of ours, from what is timed in this process."""
-    import logging
-
     import torch
 
     from conformance.bench.planned import planned
@@ -184,7 +182,6 @@ def _forecast(threads: int) -> Callable[[Case], float]:
     from conformance.plan.hardware import this_machine
     from conformance.plan.operators import Stopwatch
 
-    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it tells how to be faster
     torch.set_num_threads(threads)
     keep_freed_memory()
     hardware = this_machine((1,))

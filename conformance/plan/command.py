@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import re
 import sys
@@ -130,15 +129,13 @@ def plan(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     console = Console() if sys.stdout.isatty() else Console(width=150)
-    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it tells how to be faster
     with live_bar(console) as progress:
         task = progress.add_task("", total=len(chosen) * len(built.weights))
 
         def told(said: str) -> None:
             progress.update(task, description=said[:40].ljust(40), advance=1)
 
-        stated = frozenset(text.partition("=")[0] for text in flops or ())
-        stopwatch = Stopwatch(hardware.flops, stated) if ranks == "here" else None
+        stopwatch = Stopwatch(hardware.flops, frozenset(_stated(flops))) if ranks == "here" else None
         done = estimates(
             built,
             sizes,
@@ -198,8 +195,7 @@ def _with(
 
     changes: dict[str, Any] = {}
     if flops:
-        stated = {name: float(value) for name, _, value in (text.partition("=") for text in flops)}
-        changes["flops"] = {**hardware.flops, **stated}
+        changes["flops"] = {**hardware.flops, **_stated(flops)}
     for name, text in (("bandwidth", bandwidth), ("latency", latency)):
         if text is not None:
             changes[name] = [float(value) for value in text.split(",")]
@@ -208,6 +204,11 @@ def _with(
     if changes:
         changes |= {"name": f"{hardware.name}, with what was stated", "source": f"{hardware.source}; stated"}
     return replace(hardware, **changes)
+
+
+def _stated(flops: Sequence[str] | None) -> dict[str, float]:
+    """FLOP/s by dtype."""
+    return {name: float(value) for name, _, value in (text.partition("=") for text in flops or ())}
 
 
 def _table(title: str, done: Sequence[Estimate], names: Sequence[str]) -> Table:

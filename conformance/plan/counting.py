@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import weakref
 from collections import defaultdict
@@ -54,6 +55,7 @@ def fake_mesh(sizes: tuple[int, ...], names: tuple[str, ...]) -> Iterator[Device
     if dist.is_initialized():
         raise RuntimeError("a process group exists already; count before it is made")
     dist.init_process_group("fake", rank=0, world_size=math.prod(sizes), store=HashStore())
+    logging.getLogger("torch.distributed.tensor").setLevel(logging.ERROR)  # it tells how to be faster
     hosts = mock.patch.object(type(_mesh_resources), "num_devices_per_host", return_value=RANKS_PER_HOST)
     try:
         with hosts:  # torch asks the device, and "meta" has none

@@ -30,6 +30,7 @@ from dion_dtensor.planning import (
     usual_hardware,
 )
 from dion_dtensor.planning.buckets import collective
+from dion_dtensor.planning.predict import ADAMW
 from dion_dtensor.sorting import CPU_BUCKET_BYTES, runs_of
 
 __all__ = ["MESH_AXES", "Candidate", "Estimate", "candidate", "estimates", "placements_of"]
@@ -181,7 +182,7 @@ def estimates(
             operators: list[tuple[Operator, float]] = []
             for weight in model.weights:
                 told(f"{one}: {weight.name}")
-                own = _runs(weight, one, sizes) if stopwatch else 1
+                own = _runs(weight, sizes) if stopwatch else 1
                 counted, predicted, launches = _weight(weight, one, own, setting)
                 costs.append(counted)
                 closed.append(predicted)
@@ -200,9 +201,9 @@ def estimates(
     return result
 
 
-def _runs(weight: Weight, one: Candidate, sizes: Sequence[int]) -> int:
+def _runs(weight: Weight, sizes: Sequence[int]) -> int:
     """How often a CPU steps some of the matrices: those of one device a few at a time, as its caches want it."""
-    if math.prod(sizes) > 1 or one.algorithm == "adamw":
+    if math.prod(sizes) > 1:
         return 1
     return runs_of(weight.count, 4 * weight.shape[0] * weight.shape[1], CPU_BUCKET_BYTES)
 
@@ -210,7 +211,7 @@ def _runs(weight: Weight, one: Candidate, sizes: Sequence[int]) -> int:
 def _elementwise(elements: int, sizes: Sequence[int], names: Sequence[str], gradients: bool) -> Cost:
     """AdamW in float32 reads four tensors and writes three; gradients are checked before."""
     held = _held(elements, sizes, names)
-    return Cost(transfers=_averaging(held, sizes, names) if gradients else (), touched=8 * 4 * held)
+    return Cost(transfers=_averaging(held, sizes, names) if gradients else (), touched=ADAMW * 4 * held)
 
 
 def _held(elements: int, sizes: Sequence[int], names: Sequence[str]) -> float:
@@ -241,7 +242,7 @@ def _weight(
     bucket = Bucket(
         weight.shape,
         weight.count,
-        tuple(sizes),
+        sizes,
         shards,
         strided=strided_axes(placements),
         compute_dtype=setting.compute_dtype,

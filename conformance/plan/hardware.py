@@ -9,6 +9,7 @@ from functools import partial
 
 import torch
 
+from conformance.bench.timing import timed
 from dion_dtensor.planning import Hardware
 
 __all__ = ["h100", "this_machine"]
@@ -74,7 +75,5 @@ def this_machine(sizes: Sequence[int], seconds: float = 3.0) -> Hardware:
 def _fastest(action: Callable[[], object], seconds: float) -> float:
     best, end = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < end or best == math.inf:
-        began = time.perf_counter()
-        action()
-        best = min(best, time.perf_counter() - began)
+        best = min(best, timed(action, "cpu"))
     return best

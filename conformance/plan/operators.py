@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from dion_dtensor import Dion, Dion2, Dion3, Muon, NorMuon
+from conformance.bench.timing import timed
+from conformance.job.training import OPTIMIZER_OF
+from dion_dtensor import Muon
 
 __all__ = ["Operator", "Stopwatch"]
-
-MATRIX_OPTIMIZERS = {"muon": Muon, "normuon": NorMuon, "dion": Dion, "dion2": Dion2, "dion3": Dion3}
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ class Stopwatch:
             for parameter in parameters:
                 parameter.grad = torch.eye(8)
             named = [(f"weights.{index}", parameter) for index, parameter in enumerate(parameters)]
-            build: Any = MATRIX_OPTIMIZERS.get(algorithm, Muon)
+            build: Any = OPTIMIZER_OF.get(algorithm, Muon)
             group = {"params": named, "algorithm": algorithm}
             optimizer = build([group], lr=1e-3, compile=self.compile, max_bucket_bytes=most)
             self.known[key] = self._median(optimizer.step)
@@ -117,13 +116,10 @@ class Stopwatch:
     def _median(self, action: Callable[[], object]) -> float:
         """Of three times at least, after three that may compile; of one where that takes a second."""
         for _ in range(3):
-            began = time.perf_counter()
-            action()
-        if time.perf_counter() - began > 1:
-            return time.perf_counter() - began
+            last = timed(action, "cpu")
+        if last > 1:
+            return last
         times: list[float] = []
         while len(times) < 3 or sum(times) < self.seconds:
-            began = time.perf_counter()
-            action()
-            times.append(time.perf_counter() - began)
+            times.append(timed(action, "cpu"))
         return statistics.median(times)

@@ -23,6 +23,8 @@ __all__ = ["ALGORITHMS", "basis_flops", "polynomial_flops", "predict", "ways"]
 WIDE = 4  # bytes of float32, in which Dion's P, Q and R travel
 NORM = 8  # bytes of float64, in which norms travel
 COEFFICIENTS = POLYNOMIALS["polar_express"]
+ADAMW, LION = 8, 6
+"""Passes of the elementwise rules: what they read and write, and gradients checked (1)."""
 STEP = 8
 """Passes of every matrix rule: gradients joined (2), checked (1), weights decayed (2), the change subtracted (3)."""
 
@@ -334,7 +336,7 @@ ALGORITHMS: dict[str, Callable[[Bucket, str, float], Cost]] = {
     "orth_dion": partial(_dion, orthonormal_right=True),
     "dion2": partial(_on_rows, only_rows=False),
     "dion3": partial(_on_rows, only_rows=True),
-    "adamw": partial(_elementwise, passes=8),
-    "lion": partial(_elementwise, passes=6),
+    "adamw": partial(_elementwise, passes=ADAMW),
+    "lion": partial(_elementwise, passes=LION),
 }
 """How each is predicted, by name."""

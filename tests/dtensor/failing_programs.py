@@ -62,10 +62,12 @@ def _between_buckets() -> None:
         calls.append(bucket)
         return _die() if len(calls) == 2 else really(bucket, *args)
 
+    # For good: this process dies of it.
     Bucket.step = step  # type: ignore[method-assign]
 
 
 def _after_all_buckets() -> None:
+    # It never returns what the function it stands for would.
     atomic.agreed = _die  # type: ignore[assignment]
 
 

@@ -12,11 +12,12 @@ from torch.distributed.tensor import Shard
 
 from conformance.bench.contenders import Case
 from conformance.bench.planned import planned
+from conformance.job.training import OPTIMIZER_OF
 from conformance.plan.counting import Launched, fake_mesh, launched
 from conformance.plan.estimate import candidate, estimates
 from conformance.plan.hardware import h100
 from conformance.plan.models import Model, Weight
-from conformance.plan.operators import MATRIX_OPTIMIZERS, Operator, Stopwatch
+from conformance.plan.operators import Operator, Stopwatch
 from dion_dtensor import Dion, Dion2, Dion3, Muon, NorMuon
 from dion_dtensor.orthonormalize import gram
 from dion_dtensor.planning import Bucket, predict
@@ -69,6 +70,8 @@ def test_passes_are_those_that_inductor_counts(algorithm: str, part: float, dtyp
     finally:
         torch._logging.set_logs()
     if not metrics.nodes_num_elem:
+        # It counts them for a log of this name alone, which other versions may not have; this one does.
+        assert torch.__version__ < "2.14"
         pytest.skip("this Inductor counts no bytes")
     # Of a kernel of the library alone; what it reads and writes is in its time.
     fused = sum(elements for node, elements in metrics.nodes_num_elem if "Extern" not in type(node).__name__)
@@ -193,7 +196,7 @@ def test_the_work_of_the_host_is_measured_for_every_rule_and_number_of_buckets(
     watch = Stopwatch({}, seconds=0.0, compile=False)
     for algorithm in ("adamw", "muon", "normuon", "dion", "dion2", "dion3"):
         assert watch.host(algorithm, 4, 2) > 0
-    monkeypatch.setitem(MATRIX_OPTIMIZERS, "muon", Counted)
+    monkeypatch.setitem(OPTIMIZER_OF, "muon", Counted)
     watch.host("muon", 4, 1)
     watch.host("muon", 4, 4)
     assert made == [1, 4]
@@ -230,6 +233,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+# Elsewhere nothing is claimed: what gives freed memory back is glibc.
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="about glibc")
 def test_what_is_freed_stays_with_the_process_that_is_timed() -> None:
     """Else these 640 MB make up to 163,000 page faults."""
