@@ -91,7 +91,7 @@ def on_rows_of_blocks(
     Returns:
         The result of :func:`on_rows`, and the chosen rows ``[N, k]``, indices into those of the parameter.
     """
-    sums = row_sums(norms_of, blocks.owner, len(blocks.heights))
+    sums = row_sums(norms_of)
     taken = [(blocks.pieces[i], blocks.rows[i], number(blocks.pieces[i].m)) for i in which]
     chosen = []
     for piece, rows, k in taken:

@@ -17,9 +17,10 @@ from dion_dtensor.captured import Recorder, joined
 from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
 from dion_dtensor.paths import chosen_path, path_of
 from dion_dtensor.planning import Choice
+from dion_dtensor.planning.buckets import FEW_WEIGHTS
 from dion_dtensor.rules import Rule
 from dion_dtensor.scale import scale_factor
-from dion_dtensor.updates import Plan, update_of
+from dion_dtensor.updates import IN_PLACE, Plan, update_of
 
 __all__ = ["Bucket"]
 
@@ -187,17 +188,20 @@ class Bucket:
         scalars, scale, plan = self._filled_scalars(count), self._scale(), self._plan(members)
         parts = self._parts(members, grads)
 
+        weights = self._weights(members)
+
         def update(grad: Tensor) -> None:
-            changes = update_of(plan)(grad, stacks, scalars, scale)
-            self._apply(members, list(self._split(changes, members, None)), scalars["decay"])
+            changes = update_of(plan)(grad, stacks, scalars, scale, weights)
+            if changes is not None:
+                self._apply(members, list(self._split(changes, members, None)), scalars["decay"])
 
         if every and self.recorder is not None and self._capturable():
             # The storage too: on all ranks of a mesh alike, those with an empty shard learn that weights have moved.
-            weights = tuple(
+            places = tuple(
                 (local.data_ptr(), local.untyped_storage()._cdata, local.stride())
                 for local in (member.local for member in members)
             )
-            self.recorder.take((plan, self.group["cautious"], scale.data_ptr(), weights), parts, update)
+            self.recorder.take((plan, self.group["cautious"], scale.data_ptr(), places), parts, update)
             return
         update(joined(parts))
         if not every:
@@ -229,21 +233,37 @@ class Bucket:
             rule.fused(weights, gradients, states, group, count)
         return True
 
-    def _apply(self, members: Sequence[Member], updates: Sequence[Tensor], decay: Tensor) -> None:
-        """``W <- decay * W - update``; cautious decay only where the update shrinks the weight."""
+    def _weights(self, members: Sequence[Member]) -> tuple[Tensor, ...]:
+        """Those that the compiled update changes itself: the few and large ones of a CPU's bucket."""
+        if not (self.compile and IN_PLACE and self.device.type == "cpu") or self.group["cautious"]:
+            return ()  # eagerly its vectorized part and its remainder may round otherwise
+        each = all(member.form is not None and member.form.kind in ("matrix", "whole") for member in members)
+        narrow = members[0].local.dtype.itemsize < torch.float32.itemsize
+        if narrow or not each or len(members) > FEW_WEIGHTS:
+            return ()
+        return tuple(member.local.detach() for member in members)
+
+    def _apply(self, members: Sequence[Member], changes: Sequence[Tensor], decay: Tensor) -> None:
+        """``W <- decay * W + change``; cautious decay only where the change shrinks the weight."""
         weights = [member.local for member in members]
         wide = torch.promote_types(weights[0].dtype, torch.float32)
         narrow = wide != weights[0].dtype
+        # Eagerly never, as in `_fused`; other devices would wait for the number.
+        if self.compile and self.device.type == "cpu" and not (narrow or self.group["cautious"]):
+            number = decay.item()
+            for weight, change in zip(weights, changes, strict=True):
+                torch.add(change, weight, alpha=number, out=weight)
+            return
         # Rounded once: in bfloat16 a decay of 1 - 1e-4 alone would be rounded away.
         values = [weight.to(wide) for weight in weights] if narrow else weights
         factor = decay.to(wide)  # of the weights' dtype, for which CUDA has one kernel for all of them
         if self.group["cautious"]:
-            for value, change in zip(values, updates, strict=True):
-                agree = change.sign() * value.sign() >= 0  # the product itself could underflow
+            for value, change in zip(values, changes, strict=True):
+                agree = change.sign() * value.sign() <= 0  # the product itself could underflow
                 value.mul_(torch.where(agree, factor, 1.0))
         else:
             torch._foreach_mul_(values, factor)
-        torch._foreach_sub_(values, list(updates))
+        torch._foreach_add_(values, list(changes))
         if narrow:
             torch._foreach_copy_(weights, values)
 

@@ -48,25 +48,21 @@ def largest_rows(sums: Tensor, count: int) -> Tensor:
     return order[:, :count].sort(dim=-1).values
 
 
-def row_sums(stack: Tensor, owner: Tensor | None = None, count: int = 1) -> Tensor:
+def row_sums(stack: Tensor) -> Tensor:
     """The sum of absolute values of each row of ``[N, m, n]``: ``[N, m]``, float64, whole on every rank.
 
     The same to the last bit in whatever order and on whatever mesh it is taken: values are first rounded to a multiple
     of a power of two that leaves room to add all of them exactly (Demmel and Nguyen, ARITH 2013).  That multiple is
-    2^-51 of the largest value of the matrix times n; for float64 values, what was rounded off is added likewise.
-
-    Args:
-        stack: of matrices, or of parameters that have several.
-        owner: ``[m]``, which of the matrices each row belongs to; None for one matrix.
-        count: matrices in a parameter.
+    2^-51 of the row's largest value times n; for float64 values, what was rounded off is added likewise.
     """
-    here = None if owner is None else own_rows(owner, stack)
 
-    def summed(values: Tensor, multiples: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        high = multiples(values)
-        return across(high.sum(-1, keepdim=True), stack, "sum", (2,)), values - high
+    def largest(values: Tensor) -> Tensor:
+        return across(_maximum(values, 2), stack, "max", (2,))
 
-    total = _summed(stack, here, count, _room(stack.shape[2]), summed)
+    def summed(values: Tensor) -> Tensor:
+        return across(values.sum(-1, keepdim=True), stack, "sum", (2,))
+
+    total = _sums(stack, largest, lambda found: found, summed, _room(stack.shape[2]))
     if isinstance(stack, DTensor):
         placements = algebra.of_reduced(algebra.of_pending(stack.placements, (2,), "sum"))
         total = local_of(
@@ -86,12 +82,16 @@ def column_sums(stack: Tensor, owner: Tensor, heights: Sequence[int]) -> Tensor:
     here, count = own_rows(owner, stack), len(heights)
     rooms = torch.tensor([_room(height) for height in heights], dtype=torch.float64, device=stack.device)
 
-    def summed(values: Tensor, multiples: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
-        high = multiples(values)
-        sums = high.new_zeros(high.shape[0], count, high.shape[2]).index_add(1, here, high)
-        return across(sums, stack, "sum", (1,), (count,)), values - high
+    def largest(values: Tensor) -> Tensor:
+        each = values.new_zeros(values.shape[0], count, values.shape[2])
+        rows = here.view(1, -1, 1).expand_as(values)
+        return across(each.scatter_reduce(1, rows, values, "amax"), stack, "max", (1,), (count,))
 
-    total = _summed(stack, here, count, rooms[here].unsqueeze(-1), summed)
+    def summed(values: Tensor) -> Tensor:
+        sums = values.new_zeros(values.shape[0], count, values.shape[2]).index_add(1, here, values)
+        return across(sums, stack, "sum", (1,), (count,))
+
+    total = _sums(stack, largest, lambda found: found[:, here], summed, rooms[here].unsqueeze(-1))
     if not isinstance(stack, DTensor):
         return total
     columns = algebra.of_only(stack.placements, (2,))
@@ -107,31 +107,39 @@ def own_rows(values: Tensor, stack: Tensor) -> Tensor:
     return placed(values.view(1, -1, 1), stack.device_mesh, rows).view(-1)
 
 
-def _summed(
+def _sums(
     stack: Tensor,
-    here: Tensor | None,
-    count: int,
+    largest: Callable[[Tensor], Tensor],
+    of_each: Callable[[Tensor], Tensor],
+    summed: Callable[[Tensor], Tensor],
     room: float | Tensor,
-    summed: Callable[[Tensor, Callable[[Tensor], Tensor]], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """The exact sums of the absolute values, rounded once to multiples; twice for float64."""
+    """The exact sums of the absolute values, rounded once to multiples; twice for float64.
 
-    def multiples(values: Tensor) -> Tensor:
-        return _multiples(values, _largest(values.abs(), stack, here, count), room)
+    Args:
+        stack: of matrices or parameters.
+        largest: of what is summed together, on all ranks.
+        of_each: spreads that over the values.
+        summed: on all ranks.
+        room: for as many values as are summed.
+    """
+    values = local_of(stack).abs()
+    total: Tensor | None = None
+    for _ in range(2 if stack.dtype == torch.float64 else 1):
+        most = largest(values.abs()).double()
+        values = values.double()
+        high = _multiples(values, of_each(most), room)
+        total = summed(high) if total is None else total + summed(high)
+        values = values - high
+    assert total is not None
+    return total
 
-    total, rest = summed(local_of(stack).abs().double(), multiples)
-    return total + summed(rest, multiples)[0] if stack.dtype == torch.float64 else total
 
-
-def _largest(values: Tensor, stack: Tensor, here: Tensor | None, count: int) -> Tensor:
-    """The largest value of each matrix, for each row: ``[N, rows or 1, 1]``; zero where a shard is empty."""
-    if is_simulated(values) or not values.numel():  # a maximum alone refuses an empty shard
-        values = torch.nn.functional.pad(values, (0, 1, 0, 1 if here is None else 0))
-    if here is None:
-        return across(values.amax((1, 2), keepdim=True), stack, "max", (1, 2))
-    rows = values.amax(2)
-    each = rows.new_zeros(rows.shape[0], count).scatter_reduce(1, here.expand_as(rows), rows, "amax")
-    return across(each.unsqueeze(-1), stack, "max", (1, 2), (count, 1))[:, here]
+def _maximum(values: Tensor, dim: int) -> Tensor:
+    """Along ``dim``, kept; zero where a shard is empty."""
+    if is_simulated(values) or not values.shape[dim]:  # a maximum alone refuses an empty dim
+        values = torch.nn.functional.pad(values, [0, 0] * (values.ndim - 1 - dim) + [0, 1])
+    return values.amax(dim, keepdim=True)
 
 
 def _multiples(values: Tensor, largest: Tensor, room: float | Tensor) -> Tensor:

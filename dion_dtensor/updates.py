@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from dion_dtensor.matrices import Split
 from dion_dtensor.rules import Rule
 from dion_dtensor.whole_matrices import on_whole_matrices
 
-__all__ = ["Plan", "update_of"]
+__all__ = ["IN_PLACE", "Plan", "update_of"]
 
 # The order in which collectives are started and waited for is that of the code, which lets them overlap with work.
 AS_WRITTEN = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
@@ -57,8 +57,12 @@ class Plan:
 
 
 @functools.cache
-def update_of(plan: Plan) -> Callable[..., Tensor]:
-    """``(grads, stacks, scalars, scale) -> lr * scale * direction``, with the stacks of state updated in place."""
+def update_of(plan: Plan) -> Callable[..., Tensor | None]:
+    """``(grads, stacks, scalars, scale) -> -lr * scale * direction``, with the stacks of state updated in place.
+
+    Given ``weights`` as well, one local tensor for each entry of the stack, they become ``decay`` times themselves plus
+    that, which is not returned then.
+    """
     rule, layouts = plan.rule, {key: layout for key, layout, _ in plan.states}
 
     def wrap(local: Tensor, layout: StorageLayout | None) -> Tensor:
@@ -68,8 +72,12 @@ def update_of(plan: Plan) -> Callable[..., Tensor]:
         return tensor if layout is None else own_shard(tensor, layout)
 
     def update(
-        grads: Tensor, stacks: dict[str, Tensor], scalars: dict[str, Any], scale: Any
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+        grads: Tensor,
+        stacks: dict[str, Tensor],
+        scalars: dict[str, Any],
+        scale: Any,
+        weights: Sequence[Tensor] = (),
+    ) -> tuple[Tensor | None, dict[str, Tensor]]:
         old = {name: wrap(stacks[name], layout) for name, layout in layouts.items()}
         grad = wrap(-grads if plan.maximize else grads, plan.grad_layout)
         if plan.split is None:
@@ -89,17 +97,28 @@ def update_of(plan: Plan) -> Callable[..., Tensor]:
                 stacks[name].copy_(left.pop(name))
         shard = unwrap(direction, plan.change_layout)
         # Scaled in float32 or wider, also when the direction was computed in bfloat16.
-        change: Tensor = shard.to(torch.promote_types(shard.dtype, torch.float32)) * (scalars["lr"] * scale)
-        return change, left
+        change: Tensor = shard.to(torch.promote_types(shard.dtype, torch.float32)) * -(scalars["lr"] * scale)
+        if weights:
+            for weight, part in zip(weights, change.unbind(), strict=True):
+                weight.copy_(weight * scalars["decay"] + part.view(weight.shape))
+            return None, left
+        # Also where matrices were transposed: it is added faster to weights that lie alike.
+        return change.contiguous(), left
 
-    def step(grads: Tensor, stacks: dict[str, Tensor], scalars: dict[str, Any], scale: Any) -> Tensor:
-        change, left = function(grads, stacks, scalars, scale)
+    def step(
+        grads: Tensor,
+        stacks: dict[str, Tensor],
+        scalars: dict[str, Any],
+        scale: Any,
+        weights: Sequence[Tensor] = (),
+    ) -> Tensor | None:
+        change, left = function(grads, stacks, scalars, scale, weights)
         for name, value in left.items():
             stacks[name].copy_(value)
         return change
 
     in_place = IN_PLACE or not plan.compile
-    function: Callable[..., tuple[Tensor, dict[str, Tensor]]] = update
+    function: Callable[..., tuple[Tensor | None, dict[str, Tensor]]] = update
     if not plan.compile:
         return step
     # Dynamo keeps its cache by code object and limits its length: a code object of its own for each plan.

@@ -239,13 +239,15 @@ def _weight(
         return cost, cost, []
     placements = placements_of(weight, names, sizes, setting.dims)
     shards = tuple(getattr(placement, "dim", None) for placement in placements)
+    number = -(-weight.count // runs)
     bucket = Bucket(
         weight.shape,
-        weight.count,
+        number,
         sizes,
         shards,
         strided=strided_axes(placements),
         compute_dtype=setting.compute_dtype,
+        device=setting.kind,
     )
     way, hyper = None, dict(one.hyper)
     if one.algorithm in ("dion", "dion2", "dion3"):
@@ -253,7 +255,6 @@ def _weight(
         way = choose(bucket, one.algorithm, usual_hardware(len(sizes)), fraction=one.share, among=among).way
         hyper["path"] = way
     pending = () if one.averaged else tuple(axis for axis, name in enumerate(names) if name == "dp")
-    number = -(-weight.count // runs)
     found = launched(
         setting.mesh,
         placements,
@@ -270,10 +271,15 @@ def _weight(
     before: tuple[Transfer, ...] = ()
     if gradients and one.averaged:
         before = _averaging(_held(elements, sizes, names), sizes, names)
-    transfers = (*before, *cost.transfers)  # none where there are runs: these are of one rank
-    flops = {dtype: times * amount for dtype, amount in cost.flops.items()}
+    touched = times * guess.touched
     return (
-        Cost(flops, transfers, cost.memory, guess.touched),
-        replace(guess, transfers=(*before, *guess.transfers)),
+        _repeated(cost, times, before, touched),
+        _repeated(guess, times, before, touched),
         [(operator, times) for operator in found.operators],
     )
+
+
+def _repeated(cost: Cost, times: float, before: tuple[Transfer, ...], touched: float) -> Cost:
+    """Of so many runs, which send nothing where there is more than one: these are of one rank."""
+    flops = {dtype: times * amount for dtype, amount in cost.flops.items()}
+    return Cost(flops, (*before, *cost.transfers), cost.memory, touched)

@@ -8,10 +8,23 @@ from dataclasses import dataclass, field
 
 import torch
 
-__all__ = ["PARTIAL", "Bucket", "Cost", "Transfer", "assembly", "collective", "sharing", "total"]
+__all__ = [
+    "FEW_WEIGHTS",
+    "PARTIAL",
+    "Bucket",
+    "Cost",
+    "Transfer",
+    "assembly",
+    "collective",
+    "sharing",
+    "total",
+]
 
 PARTIAL = -1
 """In place of a sharded dim: the axis holds terms of a sum."""
+
+FEW_WEIGHTS = 4
+"""So many weights of a bucket at most are changed by its compiled update itself, on a CPU: it has a loop for each."""
 
 Shards = Sequence[int | None]
 
@@ -29,6 +42,7 @@ class Bucket:
         state_dtype: of parameters, gradients and momentum.
         strided: axes whose shards cut what the later axes left of their dim, as FSDP2's do beside tensor parallelism.
         symmetric: share of the multiplications that a symmetric product takes; 1 for all, 5/8 in four blocks.
+        device: kind of it; what there is outside of the update differs.
     """
 
     shape: tuple[int, int]
@@ -39,6 +53,7 @@ class Bucket:
     state_dtype: torch.dtype = torch.float32
     symmetric: float = 1.0
     strided: tuple[int, ...] = ()
+    device: str = "cuda"
 
     def __post_init__(self) -> None:
         if len(self.sizes) != len(self.shards):

@@ -16,17 +16,24 @@ import torch
 
 from dion_dtensor.orthonormalize.gram import segments
 from dion_dtensor.orthonormalize.polynomial import POLYNOMIALS, Coefficients
-from dion_dtensor.planning.buckets import PARTIAL, Bucket, Cost, Transfer, assembly, collective, sharing
+from dion_dtensor.planning.buckets import (
+    FEW_WEIGHTS,
+    PARTIAL,
+    Bucket,
+    Cost,
+    Transfer,
+    assembly,
+    collective,
+    sharing,
+)
 
-__all__ = ["ALGORITHMS", "basis_flops", "polynomial_flops", "predict", "ways"]
+__all__ = ["ALGORITHMS", "around", "basis_flops", "polynomial_flops", "predict", "ways"]
 
 WIDE = 4  # bytes of float32, in which Dion's P, Q and R travel
 NORM = 8  # bytes of float64, in which norms travel
 COEFFICIENTS = POLYNOMIALS["polar_express"]
 ADAMW, LION = 8, 6
 """Passes of the elementwise rules: what they read and write, and gradients checked (1)."""
-STEP = 8
-"""Passes of every matrix rule: gradients joined (2), checked (1), weights decayed (2), the change subtracted (3)."""
 
 
 def predict(bucket: Bucket, algorithm: str, way: str | None = None, fraction: float = 1.0) -> Cost:
@@ -112,7 +119,9 @@ def _muon(bucket: Bucket, way: str, fraction: float, *, variance: bool = False) 
         sent += _beside(bucket, m, of_rows)
     flops = own * polynomial_flops(m, n, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, m, n, size)
-    return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, _touched(bucket, STEP + 6, 2))
+    # The loops of its rows no longer fuse with that of the weights.
+    passes = _of_step(bucket, 10 if variance and _changes_weights(bucket) else 6)
+    return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, _touched(bucket, passes, 2))
 
 
 def _beside(bucket: Bucket, m: int, of_rows: tuple[int | None, ...]) -> list[Transfer]:
@@ -154,7 +163,9 @@ def _by_gram(bucket: Bucket) -> Cost:
         sent += once
         flops += 2 * 2.0 * bucket.count * short**2 * bucket.local(dim) + own * 4 * length * 2.0 * short**3
     memory = _local_memory(bucket) + 4 * WIDE * bucket.count * short**2 + 2 * WIDE * _held(bucket)
-    return Cost({"float32": flops}, tuple(sent), memory, _touched(bucket, STEP + 6 + 4 * len(lengths)))
+    return Cost(
+        {"float32": flops}, tuple(sent), memory, _touched(bucket, _of_step(bucket, 6 + 4 * len(lengths)))
+    )
 
 
 def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool = False) -> Cost:
@@ -219,7 +230,7 @@ def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool 
         _local_memory(bucket) + 2 * WIDE * _held(bucket) + WIDE * (working + 4.0 * count * local_short * r)
     )
     of_factors = 7.0 * WIDE * count * (local_long + local_short) * r
-    return Cost(flops, tuple(sent), memory, _touched(bucket, STEP + 8, 2) + of_factors)
+    return Cost(flops, tuple(sent), memory, _touched(bucket, _of_step(bucket, 8), 2) + of_factors)
 
 
 def _dion_assembled(bucket: Bucket, r: int, orthonormal_right: bool) -> Cost:
@@ -240,7 +251,7 @@ def _dion_assembled(bucket: Bucket, r: int, orthonormal_right: bool) -> Cost:
     flops[_name(compute)] = flops.get(_name(compute), 0.0) + own * 4.0 * long * short * r
     memory = _local_memory(bucket) + own * WIDE * (4.0 * m * n + 3.0 * long * r + 3.0 * short * r)
     at_home = own * WIDE * (5.0 * m * n + 7.0 * (long + short) * r)
-    touched = _touched(bucket, STEP + 3, 2) + at_home
+    touched = _touched(bucket, _of_step(bucket, 3), 2) + at_home
     return Cost(flops, tuple(one for one in sent if one.bytes), memory, touched)
 
 
@@ -253,9 +264,9 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
     chosen = max(1, -(-exact.numerator // exact.denominator))
     size = bucket.compute_dtype.itemsize
     down, along = bucket.axes(dim), bucket.axes(1 - dim)
-    sent = [collective("all_reduce", axis, sizes[axis], bucket.count * NORM) for axis in down + along]
     sums = bucket.count * bucket.local(dim) * NORM
-    sent += [collective("all_reduce", axis, sizes[axis], sums) for axis in along]
+    largest = bucket.count * bucket.local(dim) * max(WIDE, bucket.state_dtype.itemsize)
+    sent = [collective("all_reduce", axis, sizes[axis], each) for each in (largest, sums) for axis in along]
     for axis in bucket.inner_first(dim):
         sent.append(collective("all_gather", axis, sizes[axis], sums))
         sums *= sizes[axis]
@@ -300,7 +311,7 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
     flops = own * polynomial_flops(chosen, columns, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, chosen, columns, size)
     share = chosen / rows  # of its rows, Dion3 also reads and writes what their norms are divided by
-    touched = _touched(bucket, STEP + 8 + (4 if only_rows else 2) * share, 3 * share)
+    touched = _touched(bucket, _of_step(bucket, 6 + (4 if only_rows else 2) * share), 3 * share)
     return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, touched)
 
 
@@ -312,6 +323,25 @@ def _sharing_of(axes: tuple[int, ...], sizes: tuple[int, ...], count: int) -> tu
 def _elementwise(bucket: Bucket, way: str, fraction: float, *, passes: int) -> Cost:
     """No product and no communication; AdamW reads and writes seven tensors, Lion five; gradients are checked."""
     return Cost({}, (), 2.0 * _held(bucket) * bucket.state_dtype.itemsize, _touched(bucket, passes))
+
+
+def around(bucket: Bucket) -> int:
+    """Passes of every matrix rule outside of its compiled update.
+
+    Gradients joined (2, none for one matrix) and checked (1).  Then the change is added as the weights decay (3; none
+    for few on a CPU, which the update changes itself), on other devices once they have decayed (2).
+    """
+    added = 5 if bucket.device != "cpu" else 0 if _changes_weights(bucket) else 3
+    return (2 if bucket.count > 1 else 0) + 1 + added
+
+
+def _of_step(bucket: Bucket, update: float) -> float:
+    """Passes of a step, from those of an update that writes its change (1), not the weights that it changes (2)."""
+    return around(bucket) + update + _changes_weights(bucket)
+
+
+def _changes_weights(bucket: Bucket) -> bool:
+    return bucket.device == "cpu" and bucket.count <= FEW_WEIGHTS
 
 
 def _touched(bucket: Bucket, passes: float, narrow: float = 0.0) -> float:

@@ -10,7 +10,9 @@ import torch
 from torch import nn
 
 from dion_dtensor import Dion2, Muon, audit, updates
+from dion_dtensor.buckets import Bucket
 from dion_dtensor.optimizer import OrthonormalOptimizer
+from dion_dtensor.planning.buckets import FEW_WEIGHTS
 from tests.dtensor.small import make
 
 
@@ -94,6 +96,39 @@ def test_states_are_written_within_the_graph_or_after_it(
     updates.update_of.cache_clear()
     for ours, eager in zip(*results, strict=True):
         torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("number", [2, FEW_WEIGHTS, FEW_WEIGHTS + 1])
+@pytest.mark.parametrize("cautious", [False, True], ids=["decay", "cautious"])
+@pytest.mark.parametrize("build", [Muon, Dion2])
+def test_weights_are_changed_alike_within_the_compiled_update_and_after_it(
+    number: int, cautious: bool, build: type[Muon], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A tall matrix is stepped transposed; one without a gradient stays as it is."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    changed: list[int] = []
+    apply = Bucket._apply
+    monkeypatch.setattr(
+        Bucket, "_apply", lambda self, some, *rest: changed.append(len(some)) or apply(self, some, *rest)
+    )
+    results = []
+    for compiled in (True, False):
+        updates.update_of.cache_clear()
+        generator = torch.Generator().manual_seed(0)
+        weights = [torch.randn(12, 6, generator=generator, dtype=torch.float64) for _ in range(number + 1)]
+        parameters = [nn.Parameter(weight) for weight in weights]
+        options = {"lr": 0.1, "weight_decay": 0.5, "cautious": cautious, "compile": compiled}
+        optimizer = build(parameters, **options)
+        for parameter in parameters[1:]:
+            parameter.grad = torch.randn(12, 6, generator=generator, dtype=torch.float64)
+        for _ in range(2):
+            optimizer.step()
+        results.append([parameter.detach() for parameter in parameters])
+    updates.update_of.cache_clear()
+    after = [number] * 2
+    assert changed == (after if cautious or number > FEW_WEIGHTS or not updates.IN_PLACE else []) + after
+    for compiled_weight, eager in zip(*results, strict=True):
+        torch.testing.assert_close(compiled_weight, eager, rtol=1e-12, atol=1e-15)
 
 
 @pytest.mark.parametrize("cautious", [False, True], ids=["decay", "cautious"])
