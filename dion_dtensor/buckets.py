@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dion_dtensor import updates
 from dion_dtensor.assembly import averaged, scattered
 from dion_dtensor.captured import Recorder, joined
 from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
@@ -20,7 +22,7 @@ from dion_dtensor.planning import Choice
 from dion_dtensor.planning.buckets import FEW_WEIGHTS
 from dion_dtensor.rules import Rule
 from dion_dtensor.scale import scale_factor
-from dion_dtensor.updates import IN_PLACE, Plan, update_of
+from dion_dtensor.updates import Plan, update_of
 
 __all__ = ["Bucket"]
 
@@ -188,7 +190,7 @@ class Bucket:
         scalars, scale, plan = self._filled_scalars(count), self._scale(), self._plan(members)
         parts = self._parts(members, grads)
 
-        weights = self._weights(members)
+        weights = self._weights(members, grads)
 
         def update(grad: Tensor) -> None:
             changes = update_of(plan)(grad, stacks, scalars, scale, weights)
@@ -233,15 +235,18 @@ class Bucket:
             rule.fused(weights, gradients, states, group, count)
         return True
 
-    def _weights(self, members: Sequence[Member]) -> tuple[Tensor, ...]:
-        """Those that the compiled update changes itself: the few and large ones of a CPU's bucket."""
-        if not (self.compile and IN_PLACE and self.device.type == "cpu") or self.group["cautious"]:
+    def _weights(self, members: Sequence[Member], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """Those that the compiled update changes itself: a few whole matrices on a CPU, apart in memory."""
+        if not (self.compile and updates.IN_PLACE and self.device.type == "cpu") or self.group["cautious"]:
             return ()  # eagerly its vectorized part and its remainder may round otherwise
-        each = all(member.form is not None and member.form.kind in ("matrix", "whole") for member in members)
+        whole = all(member.form is not None and member.form.kind in ("matrix", "whole") for member in members)
         narrow = members[0].local.dtype.itemsize < torch.float32.itemsize
-        if narrow or not each or len(members) > FEW_WEIGHTS:
+        if narrow or not whole or len(members) > FEW_WEIGHTS:
             return ()
-        return tuple(member.local.detach() for member in members)
+        weights = tuple(member.local.detach() for member in members)
+        # By strides that differ a graph would be compiled again and again; what overlaps it would read too late.
+        alike = all(weight.is_contiguous() for weight in weights)
+        return weights if alike and _apart((*weights, *grads)) else ()
 
     def _apply(self, members: Sequence[Member], changes: Sequence[Tensor], decay: Tensor) -> None:
         """``W <- decay * W + change``; cautious decay only where the change shrinks the weight."""
@@ -369,6 +374,14 @@ class Bucket:
                 yield part.view(member.local.shape)
             else:
                 yield member.unfold(part, None if key is None else self.forms[member][key].spec.dims)
+
+
+def _apart(tensors: Sequence[Tensor]) -> bool:
+    """Whether no two of these share memory; only contiguous ones are looked at closely."""
+    held = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.numel())
+    return all(start + size <= after for (start, size), (after, _) in pairwise(held)) and all(
+        tensor.is_contiguous() for tensor in tensors
+    )
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -38,8 +38,9 @@ def slices(fraction: float, size: int) -> int:
     return max(1, -(-exact.numerator // exact.denominator))
 
 
-EXPONENT = 0x7FF << 52
-"""The exponent's bits of a float64."""
+BIAS = 1023
+MANTISSA = 52
+"""Of float64: what is added to an exponent, and bits below it."""
 
 
 def largest_rows(sums: Tensor, count: int) -> Tensor:
@@ -53,11 +54,11 @@ def row_sums(stack: Tensor) -> Tensor:
 
     The same to the last bit in whatever order and on whatever mesh it is taken: values are first rounded to a multiple
     of a power of two that leaves room to add all of them exactly (Demmel and Nguyen, ARITH 2013).  That multiple is
-    2^-51 of the row's largest value times n; for float64 values, what was rounded off is added likewise.
+    at most 2^-49 of the row's largest value times n; for float64 values, what was rounded off is added likewise.
     """
 
     def largest(values: Tensor) -> Tensor:
-        return across(_maximum(values, 2), stack, "max", (2,))
+        return across(_exponents(_maximum(values, 2)), stack, "max", (2,))
 
     def summed(values: Tensor) -> Tensor:
         return across(values.sum(-1, keepdim=True), stack, "sum", (2,))
@@ -85,7 +86,8 @@ def column_sums(stack: Tensor, owner: Tensor, heights: Sequence[int]) -> Tensor:
     def largest(values: Tensor) -> Tensor:
         each = values.new_zeros(values.shape[0], count, values.shape[2])
         rows = here.view(1, -1, 1).expand_as(values)
-        return across(each.scatter_reduce(1, rows, values, "amax"), stack, "max", (1,), (count,))
+        most = each.scatter_reduce(1, rows, values, "amax")
+        return across(_exponents(most), stack, "max", (1,), (count,))
 
     def summed(values: Tensor) -> Tensor:
         sums = values.new_zeros(values.shape[0], count, values.shape[2]).index_add(1, here, values)
@@ -118,7 +120,7 @@ def _sums(
 
     Args:
         stack: of matrices or parameters.
-        largest: of what is summed together, on all ranks.
+        largest: the exponent of the largest of what is summed together, on all ranks.
         of_each: spreads that over the values.
         summed: on all ranks.
         room: for as many values as are summed.
@@ -126,9 +128,9 @@ def _sums(
     values = local_of(stack).abs()
     total: Tensor | None = None
     for _ in range(2 if stack.dtype == torch.float64 else 1):
-        most = largest(values.abs()).double()
+        exponents = largest(values.abs())
         values = values.double()
-        high = _multiples(values, of_each(most), room)
+        high = _multiples(values, of_each(exponents), room)
         total = summed(high) if total is None else total + summed(high)
         values = values - high
     assert total is not None
@@ -142,10 +144,21 @@ def _maximum(values: Tensor, dim: int) -> Tensor:
     return values.amax(dim, keepdim=True)
 
 
-def _multiples(values: Tensor, largest: Tensor, room: float | Tensor) -> Tensor:
+def _exponents(values: Tensor) -> Tensor:
+    """Of the power of two below each of ``values``, by their bits, with the bias of their dtype; they go to all ranks.
+
+    Inductor's vectorized frexp did not compile beside float32.
+    """
+    if values.dtype == torch.float64:
+        return ((values.view(torch.int64) >> MANTISSA) & 0x7FF).to(torch.int32)
+    return ((values.float().view(torch.int32) >> 23) & 0xFF).to(torch.uint8)
+
+
+def _multiples(values: Tensor, exponents: Tensor, room: float | Tensor) -> Tensor:
     """``values`` rounded so that as many of them as ``room`` is for add up exactly in float64."""
-    # The power of two below the largest by its bits: Inductor's vectorized frexp did not compile beside float32.
-    power = (largest.view(torch.int64) & EXPONENT).view(torch.float64)
+    bias = BIAS if exponents.dtype == torch.int32 else 127
+    # Subnormal numbers have the multiples of the smallest normal one.
+    power = ((exponents.long().clamp(min=1) + (BIAS - bias)) << MANTISSA).view(torch.float64)
     # Adding 1.5 * 2^e leaves no bits below 2^(e - 52), and rounds to nearest.
     shift = power * room
     return (values + shift) - shift

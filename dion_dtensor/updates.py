@@ -18,7 +18,7 @@ from dion_dtensor.matrices import Split
 from dion_dtensor.rules import Rule
 from dion_dtensor.whole_matrices import on_whole_matrices
 
-__all__ = ["IN_PLACE", "Plan", "update_of"]
+__all__ = ["Plan", "update_of"]
 
 # The order in which collectives are started and waited for is that of the code, which lets them overlap with work.
 AS_WRITTEN = {"reorder_for_locality": False, "reorder_for_peak_memory": False}
@@ -103,7 +103,7 @@ def update_of(plan: Plan) -> Callable[..., Tensor | None]:
                 weight.copy_(weight * scalars["decay"] + part.view(weight.shape))
             return None, left
         # Also where matrices were transposed: it is added faster to weights that lie alike.
-        return change.contiguous(), left
+        return change.contiguous() if plan.compile else change, left
 
     def step(
         grads: Tensor,

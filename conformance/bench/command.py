@@ -143,7 +143,7 @@ def bench(
                 save()
             progress.advance(task)
         if growth:
-            base = Case("muon", 4, (256, 256), compute_dtype=compute_dtype, device=device, threads=threads)
+            base = Case("muon", 4, (512, 512), compute_dtype=compute_dtype, device=device, threads=threads)
             some = [name for name in chosen if name not in ("adamw", "muon_torch")]
             wide = replace(base, shape=(1024, 1024))  # of smaller ones other ways cost less on other ranks
             for line in chain(lines(base, some, rounds, tell), sent_lines(wide, some, tell)):

@@ -96,9 +96,9 @@ def _stale_gram(product: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrong
 
 
-def _decay_last(self: Any, members: Any, updates: Any, decay: Tensor) -> None:
+def _decay_last(self: Any, members: Any, changes: Any, decay: Tensor) -> None:
     weights = [member.local for member in members]
-    torch._foreach_sub_(weights, list(updates))
+    torch._foreach_add_(weights, list(changes))
     torch._foreach_mul_(weights, decay)
 
 

@@ -30,6 +30,7 @@ from dion_dtensor.planning.buckets import (
 __all__ = ["ALGORITHMS", "around", "basis_flops", "polynomial_flops", "predict", "ways"]
 
 WIDE = 4  # bytes of float32, in which Dion's P, Q and R travel
+EXPONENT = 1  # bytes of a float32's exponent, by which rows agree on a rounding
 NORM = 8  # bytes of float64, in which norms travel
 COEFFICIENTS = POLYNOMIALS["polar_express"]
 ADAMW, LION = 8, 6
@@ -265,7 +266,7 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
     size = bucket.compute_dtype.itemsize
     down, along = bucket.axes(dim), bucket.axes(1 - dim)
     sums = bucket.count * bucket.local(dim) * NORM
-    largest = bucket.count * bucket.local(dim) * max(WIDE, bucket.state_dtype.itemsize)
+    largest = bucket.count * bucket.local(dim) * (WIDE if bucket.state_dtype == torch.float64 else EXPONENT)
     sent = [collective("all_reduce", axis, sizes[axis], each) for each in (largest, sums) for axis in along]
     for axis in bucket.inner_first(dim):
         sent.append(collective("all_gather", axis, sizes[axis], sums))
@@ -310,8 +311,11 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
     sent += once
     flops = own * polynomial_flops(chosen, columns, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, chosen, columns, size)
+    # Ranks that hold parts of the same rows agree on their largest values before these are read again to be summed.
     share = chosen / rows  # of its rows, Dion3 also reads and writes what their norms are divided by
-    touched = _touched(bucket, _of_step(bucket, 6 + (4 if only_rows else 2) * share), 3 * share)
+    touched = _touched(
+        bucket, _of_step(bucket, (8 if along else 6) + (4 if only_rows else 2) * share), 3 * share
+    )
     return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, touched)
 
 

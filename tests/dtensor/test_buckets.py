@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -98,14 +99,16 @@ def test_states_are_written_within_the_graph_or_after_it(
         torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-15)
 
 
+@pytest.mark.parametrize("in_place", [True, False])
 @pytest.mark.parametrize("number", [2, FEW_WEIGHTS, FEW_WEIGHTS + 1])
 @pytest.mark.parametrize("cautious", [False, True], ids=["decay", "cautious"])
 @pytest.mark.parametrize("build", [Muon, Dion2])
 def test_weights_are_changed_alike_within_the_compiled_update_and_after_it(
-    number: int, cautious: bool, build: type[Muon], monkeypatch: pytest.MonkeyPatch
+    number: int, cautious: bool, build: type[Muon], in_place: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tall matrix is stepped transposed; one without a gradient stays as it is."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    monkeypatch.setattr(updates, "IN_PLACE", in_place)
     changed: list[int] = []
     apply = Bucket._apply
     monkeypatch.setattr(
@@ -126,18 +129,69 @@ def test_weights_are_changed_alike_within_the_compiled_update_and_after_it(
         results.append([parameter.detach() for parameter in parameters])
     updates.update_of.cache_clear()
     after = [number] * 2
-    assert changed == (after if cautious or number > FEW_WEIGHTS or not updates.IN_PLACE else []) + after
+    assert changed == (after if cautious or number > FEW_WEIGHTS or not in_place else []) + after
     for compiled_weight, eager in zip(*results, strict=True):
         torch.testing.assert_close(compiled_weight, eager, rtol=1e-12, atol=1e-15)
 
 
+def compiled_and_eager(
+    weights: Callable[[], list[torch.Tensor]], gradients: Callable[[list[nn.Parameter]], list[torch.Tensor]]
+) -> None:
+    results = []
+    for compiled in (True, False):
+        updates.update_of.cache_clear()
+        parameters = [nn.Parameter(weight) for weight in weights()]
+        optimizer = Muon(parameters, lr=0.1, weight_decay=0.5, compile=compiled, max_bucket_bytes=4 * 8 * 64)
+        for parameter, gradient in zip(parameters, gradients(parameters), strict=True):
+            parameter.grad = gradient
+        versions = [parameter._version for parameter in parameters]
+        optimizer.step()
+        assert all(one._version > before for one, before in zip(parameters, versions, strict=True))
+        results.append([parameter.detach().clone() for parameter in parameters])
+    updates.update_of.cache_clear()
+    for ours, eager in zip(*results, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-12, atol=1e-15)
+
+
+def drawn(number: int = 4) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(8, 8, generator=generator, dtype=torch.float64) for _ in range(number)]
+
+
+@pytest.mark.parametrize("case", ["apart", "its own gradient", "one flat buffer"])
+def test_weights_that_share_memory_are_changed_as_without_a_graph(
+    case: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+
+    def weights() -> list[torch.Tensor]:
+        flat = torch.cat(drawn()).view(-1)
+        return [flat[64 * i : 64 * i + 64].view(8, 8) for i in range(4)] if "flat" in case else drawn()
+
+    compiled_and_eager(weights, lambda some: [one.detach() for one in some] if "own" in case else drawn())
+
+
+def test_weights_of_many_strides_need_no_graph_each(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+
+    def weights() -> list[torch.Tensor]:
+        """Ten buckets of four, each with others of its weights stored transposed."""
+        some = drawn(40)
+        return [w.t().contiguous().t() if (i // 4 + 1) >> (i % 4) & 1 else w for i, w in enumerate(some)]
+
+    compiled_and_eager(weights, lambda _: drawn(40))
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("cautious", [False, True], ids=["decay", "cautious"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("rule", ["muon", "dion", "lion"])
 def test_a_step_of_narrow_weights_is_that_of_wide_ones_rounded_once(
-    rule: str, dtype: torch.dtype, cautious: bool
+    rule: str, dtype: torch.dtype, cautious: bool, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """In bfloat16 a weight times 1 - 1e-4 is itself, so a decay that was rounded by itself would do nothing."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    updates.update_of.cache_clear()
     generator = torch.Generator().manual_seed(0)
     weight, grad = (torch.randn(12, 9, generator=generator).to(dtype) for _ in range(2))
     results = []
@@ -145,6 +199,10 @@ def test_a_step_of_narrow_weights_is_that_of_wide_ones_rounded_once(
         parameter = nn.Parameter(weight.to(storage, copy=True))
         parameter.grad = grad.to(storage)
         options = {"lr": 0.01, "weight_decay": 0.1, "momentum_dtype": torch.float32, "cautious": cautious}
-        make(rule, [("weight", parameter)], **options).step()
+        make(rule, [("weight", parameter)], **options, compile=compiled).step()
         results.append(parameter.detach().to(dtype))
-    assert torch.equal(*results)
+    updates.update_of.cache_clear()
+    unequal = (results[0] != results[1]).double().mean()
+    assert unequal <= (
+        0.03 if compiled else 0
+    )  # where wide ones are changed by a fused multiply-add; no decay: 0.1

@@ -15,6 +15,7 @@ from dion_dtensor.orthonormalize import POLYNOMIALS
 from dion_dtensor.orthonormalize.polynomial import norm_factor_of
 from dion_dtensor.philox import normal
 from dion_dtensor.scale import SCALES, scale_factor
+from dion_dtensor.selection import column_sums, row_sums
 from dion_ref.philox import normal as oracle_normal
 from tests.dtensor.programs import OPTIMIZERS
 
@@ -165,6 +166,50 @@ def test_ties_go_to_the_lowest_index(algorithm: str) -> None:
     parameter.grad = tied
     optimizer.step()
     assert parameter.detach().abs().sum(1).gt(0).tolist() == [True] * 3 + [False] * 4
+
+
+@pytest.mark.parametrize("size", [2.0**-1030, 1e-30, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_sums_are_exact_in_whatever_order(dtype: torch.dtype, size: float) -> None:
+    """Also of subnormal numbers, and of rows beside others of another size altogether."""
+    generator = torch.Generator().manual_seed(0)
+    tail = torch.randn(4, 40, 300, generator=generator, dtype=torch.float64)
+    stack = (tail * 2.0 ** torch.randint(-40, 40, (1, 40, 1), generator=generator) * size).to(dtype)
+    for _ in range(5):
+        order = torch.randperm(300, generator=generator)
+        assert torch.equal(row_sums(stack), row_sums(stack[..., order]))
+        columns = column_sums(stack.mT.contiguous(), torch.zeros(300, dtype=torch.long), [300])
+        assert torch.equal(
+            columns.squeeze(1), column_sums(stack[..., order].mT, torch.arange(300) * 0, [300])[:, 0]
+        )
+    torch.testing.assert_close(row_sums(stack), stack.double().abs().sum(-1), rtol=1e-13, atol=2.0**-1050)
+    torch.testing.assert_close(columns.squeeze(1), row_sums(stack), rtol=1e-13, atol=2.0**-1050)
+
+
+@pytest.mark.parametrize("split", [None, "rows(24, 24)"])
+@pytest.mark.parametrize("tall", [False, True])
+def test_a_row_is_not_rounded_by_a_larger_one(tall: bool, split: str | None) -> None:
+    """All rows but one are 1e30 times smaller; which of them are chosen still follows the sums in float64."""
+    if tall and split:
+        pytest.skip("rows are cut, columns are chosen")
+    generator = torch.Generator().manual_seed(0)
+    stack = torch.rand(2, 24, 30, generator=generator) * 1e-10
+    stack[:, 3] = 1e20
+    weight = stack.mT[0] if tall else stack.reshape(48, 30) if split else stack[0]
+    parameter = torch.nn.Parameter(torch.zeros_like(weight).contiguous())
+    group: dict[str, Any] = {"params": [("w", parameter)], **({"split": split} if split else {})}
+    optimizer = OPTIMIZERS["dion2"]([group], fraction=0.25, compile=False)
+    parameter.grad = weight.contiguous()
+    optimizer.step()
+    for index, matrix in enumerate(stack if split else stack[:1]):
+        own = parameter.detach()[24 * index : 24 * (index + 1)] if split else parameter.detach()
+        changed = own.abs().sum(0 if tall else 1) > 0
+        chosen = matrix.double().sum(1).topk(6).indices
+        # The momentum decays where it is chosen, which the small directions cannot show in float32.
+        momentum = optimizer.state[parameter]["momentum"]
+        kept = momentum.mT if tall else momentum[24 * index : 24 * (index + 1)] if split else momentum
+        assert torch.equal((kept != matrix).all(1).nonzero().flatten(), chosen.sort().values)
+        assert bool(changed[3])
 
 
 @pytest.mark.parametrize("algorithm", ["adamw", "lion"])

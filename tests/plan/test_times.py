@@ -46,9 +46,11 @@ def hyper_of(algorithm: str, part: float = 0.25) -> dict[str, float]:
         ("muon", 1.0, "bfloat16"),
         ("muon", 1.0, "bfloat16, many"),
         ("normuon", 1.0, "float32"),
+        ("normuon", 1.0, "float32, many"),
         ("dion", 0.25, "bfloat16"),
         ("dion2", 0.25, "float32"),
         ("dion2", 1.0, "bfloat16"),
+        ("dion2", 0.25, "bfloat16, many"),
         ("dion3", 0.25, "bfloat16"),
     ],
 )
@@ -85,6 +87,14 @@ def test_passes_are_those_that_inductor_counts(algorithm: str, part: float, dtyp
         # Inductor counts all rows of two tensors of which the chosen ones are read.
         closed += 2 * (1 - part)
     assert closed == pytest.approx(fused / weight, rel=0.12)
+
+
+@pytest.mark.parametrize(
+    ("device", "count", "passes"),
+    [("cuda", 8, 8), ("cuda", 1, 6), ("cpu", 1, 1), ("cpu", FEW_WEIGHTS, 3), ("cpu", FEW_WEIGHTS + 1, 6)],
+)
+def test_passes_around_an_update(device: str, count: int, passes: int) -> None:
+    assert around(Bucket(SHAPE, count, device=device)) == passes
 
 
 def counted(algorithm: str) -> Launched:
@@ -172,6 +182,13 @@ def test_what_is_timed_finds_other_things_in_the_caches(monkeypatch: pytest.Monk
     one = torch.empty(8, 4, device="meta")
     Stopwatch({}, seconds=0.0).operator(Operator.of(lambda _: order.append("run"), (one,), None))
     assert order == ["run"] * 3 + ["evict", "run"] * 3
+
+
+def test_what_is_short_is_timed_for_a_short_while() -> None:
+    calls: list[Any] = []
+    one = torch.empty(8, 4, device="meta")
+    Stopwatch({}).operator(Operator.of(calls.append, (one,), None))
+    assert 6 <= len(calls) < 2000  # to fill the caches takes time as well
 
 
 def test_a_time_is_that_of_operators_passes_and_host(monkeypatch: pytest.MonkeyPatch) -> None:
