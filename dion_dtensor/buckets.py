@@ -244,9 +244,7 @@ class Bucket:
         if narrow or not whole or len(members) > FEW_WEIGHTS:
             return ()
         weights = tuple(member.local.detach() for member in members)
-        # By strides that differ a graph would be compiled again and again; what overlaps it would read too late.
-        alike = all(weight.is_contiguous() for weight in weights)
-        return weights if alike and _apart((*weights, *grads)) else ()
+        return weights if _plain((*weights, *grads)) else ()
 
     def _apply(self, members: Sequence[Member], changes: Sequence[Tensor], decay: Tensor) -> None:
         """``W <- decay * W + change``; cautious decay only where the change shrinks the weight."""
@@ -376,12 +374,11 @@ class Bucket:
                 yield member.unfold(part, None if key is None else self.forms[member][key].spec.dims)
 
 
-def _apart(tensors: Sequence[Tensor]) -> bool:
-    """Whether no two of these share memory; only contiguous ones are looked at closely."""
+def _plain(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are contiguous, since a graph is of given strides, and no two overlap, since it may write early."""
     held = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.numel())
-    return all(start + size <= after for (start, size), (after, _) in pairwise(held)) and all(
-        tensor.is_contiguous() for tensor in tensors
-    )
+    apart = all(start + size <= after for (start, size), (after, _) in pairwise(held))
+    return apart and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -166,8 +166,13 @@ def test_weights_that_share_memory_are_changed_as_without_a_graph(
 
     def weights() -> list[torch.Tensor]:
         flat = torch.cat(drawn()).view(-1)
-        return [flat[64 * i : 64 * i + 64].view(8, 8) for i in range(4)] if "flat" in case else drawn()
+        return (
+            [flat[64 * i : 64 * i + 64].view(8, 8) for i in range(number)]
+            if "flat" in case
+            else drawn(number)
+        )
 
+    number = 1 if "own" in case else 4  # the gradients of several are joined first
     compiled_and_eager(weights, lambda some: [one.detach() for one in some] if "own" in case else drawn())
 
 
