@@ -35,7 +35,9 @@ def bench(
     compute_dtype: Annotated[
         str, typer.Option(help="Of the orthonormalization: float32 or bfloat16.")
     ] = "float32",
-    rounds: Annotated[int, typer.Option(min=1, help="Steps of each contender after its first three.")] = 7,
+    rounds: Annotated[
+        int, typer.Option(min=1, help="Turns of each contender: a step, or the median of those of 0.3 s.")
+    ] = 7,
     ranks: Annotated[
         int, typer.Option(min=0, help="Also count what a step sends on so many gloo ranks; 0 for none.")
     ] = 0,

@@ -23,7 +23,7 @@ class Entry:
         case: what was stepped.
         name: of the contender.
         first: seconds of its first step, compilation included, nothing compiled before.
-        steps: seconds of the steps after three more, one a round.
+        steps: seconds of the steps after three more, the median of a turn in each round.
         ratios: of ours to it, round by round; none for ours.
         bare: seconds of the bare products of the case, the roofline; 0 where it has none.
         memory: bytes at the peak of a step, beyond parameters, gradients and state.
@@ -92,7 +92,7 @@ def measure(
     memory: bool = True,
     told: Callable[[str], None] = lambda _: None,
 ) -> list[Entry]:
-    """First steps one after the other, then ``rounds`` of one step each, in an order that turns.
+    """First steps one after the other, then ``rounds`` of a turn each, in an order that turns.
 
     Args:
         case: what is stepped.
@@ -158,7 +158,7 @@ def measure_all(
                 alive = [entry for entry in own if not entry.failure]
                 turn = index % max(1, len(alive))
                 for entry in alive[turn:] + alive[:turn]:
-                    if (seconds := asked(entry, Worker.step)) is not None:
+                    if (seconds := asked(entry, Worker.turn)) is not None:
                         entry.steps.append(seconds)
             for entry in own:
                 if memory and not entry.failure:

@@ -183,8 +183,9 @@ def markdown(
         "on " + ", ".join(f"{key} {value}" for key, value in about.items()) + ".",
         "",
         "Each contender runs in a process of its own with nothing compiled before, whose C library keeps freed memory"
-        " as it does in one that trains. All take their steps in turn, a"
-        " round at a time; the ratio is the median (and the quartiles) over the rounds of ours divided by it, so below"
+        " as it does in one that trains. All step in turns, a"
+        " round at a time; a turn is one step, or the median of those of 0.3 s."
+        " The ratio is the median (and the quartiles) over the rounds of ours divided by it, so below"
         " 1 ours is faster."
         f' "{BARE}" are the products of the textbook\'s form alone, with the QR of Dion: no momentum, no normalization,'
         " no update; the roofline is the share of a step that they would take."

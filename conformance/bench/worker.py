@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import statistics
 import tempfile
 import threading
 from collections.abc import Callable
+from functools import partial
 from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
@@ -18,6 +20,7 @@ from conformance.bench.timing import keep_freed_memory, timed
 __all__ = ["LIMIT", "Worker", "WorkerError", "silence"]
 
 LIMIT = 3600.0  # seconds for one answer
+TURN = 0.3  # seconds of steps at least; the first of short ones finds threads asleep and caches full of others' data
 STARTING = threading.Lock()  # the environment is that of all threads
 
 
@@ -73,6 +76,10 @@ class Worker:
         """Seconds of one step."""
         return float(self._ask("step"))
 
+    def turn(self) -> float:
+        """Median seconds of as many steps as a turn has time for, one at least."""
+        return float(self._ask("turn"))
+
     def memory(self) -> float:
         """Bytes at the peak of one step, beyond what is held before it."""
         return float(self._ask("memory"))
@@ -107,14 +114,26 @@ def _work(name: str, case: Case, pipe: Connection) -> None:
         torch.set_num_threads(case.threads)
         keep_freed_memory()
         step = stepper(name, case)
+        answers = {
+            "step": partial(timed, step, case.device),
+            "turn": partial(_turn, step, case.device),
+            "memory": partial(_peak, step, case.device),
+        }
         pipe.send((True, None))
         while True:
             question = pipe.recv()
-            pipe.send((True, timed(step, case.device) if question == "step" else _peak(step, case.device)))
+            pipe.send((True, answers[question]()))
     except (EOFError, BrokenPipeError):
         return
     except Exception as error:
         pipe.send((False, f"{type(error).__name__}: {error}"))
+
+
+def _turn(step: Callable[[], object], device: str) -> float:
+    times: list[float] = []
+    while not times or sum(times) < TURN:
+        times.append(timed(step, device))
+    return statistics.median(times)
 
 
 def silence() -> None:

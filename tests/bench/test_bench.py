@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from conformance.bench import growth
+from conformance.bench import growth, worker
 from conformance.bench.contenders import BARE, OURS, UNCHECKED, Case, available, stepper
 from conformance.bench.growth import RANKS, Line, sent_lines, slope
 from conformance.bench.measure import measure
@@ -117,3 +117,10 @@ def test_bad_input_is_refused(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, ["bench", *arguments])
     assert result.exit_code == 2
     assert "Traceback" not in result.output
+
+
+def test_a_turn_is_one_step_or_the_median_of_several_short_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = iter([worker.TURN + 1, 9.0 * worker.TURN / 10, 0.05 * worker.TURN, 0.06 * worker.TURN])
+    monkeypatch.setattr(worker, "timed", lambda *_: next(seconds))
+    assert worker._turn(lambda: None, "cpu") == worker.TURN + 1
+    assert worker._turn(lambda: None, "cpu") == pytest.approx(0.06 * worker.TURN)
