@@ -83,11 +83,16 @@ class Bucket:
             for key, stack in self.stacks.items()
         }
         """Each member's slice of the stack of a state."""
+        self._own = {
+            key: {member: next(self._split(part, [member], key)) for member, part in parts.items()}
+            for key, parts in self._entries.items()
+        }
+        """Each member's state as the user sees it, the local shard."""
         for member in self.members:
             if self._counts_steps:
                 member.views["step"] = torch.zeros((), dtype=torch.float32)
             for key in self.stacks:
-                member.views[key] = member.shown(self.forms[member][key].shown, self._own(member, key))
+                member.views[key] = member.shown(self.forms[member][key].shown, self._own[key][member])
 
     def _state_forms(self, member: Member) -> dict[str, StateForm]:
         if member.form is not None:
@@ -209,7 +214,7 @@ class Bucket:
         if not every:
             for key, stack in stacks.items():
                 for member, entries in zip(members, self._split(stack, members, key), strict=True):
-                    self._own(member, key).copy_(entries)
+                    self._own[key][member].copy_(entries)
 
     def _fused(self, members: Sequence[Member], grads: Sequence[Tensor], count: float | None) -> bool:
         """Take the whole step by the rule's own kernel, if it has one for these tensors."""
@@ -227,7 +232,7 @@ class Bucket:
             return False  # to read them would wait for the device
         full = [index for index, member in enumerate(members) if member.local.numel()]
         weights, gradients = [members[i].local for i in full], [grads[i] for i in full]
-        states = {key: [self._own(members[i], key) for i in full] for key in self.stacks}
+        states = {key: [self._own[key][members[i]] for i in full] for key in self.stacks}
         tensors = [*weights, *gradients, *(one for some in states.values() for one in some)]
         if len({tensor.dtype for tensor in tensors}) > 1 or not all(t.is_contiguous() for t in tensors):
             return False
@@ -355,11 +360,6 @@ class Bucket:
 
     def _joined(self, key: str, members: Sequence[Member]) -> Tensor:
         return torch.cat([self._entries[key][member] for member in members])
-
-    def _own(self, member: Member, key: str) -> Tensor:
-        """A member's state as the user sees it, the local shard."""
-        (own,) = self._split(self._entries[key][member], [member], key)
-        return own
 
     def _length(self, member: Member) -> int:
         return member.form.count if member.form else member.local.numel()
