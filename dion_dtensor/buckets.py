@@ -193,9 +193,7 @@ class Bucket:
         every = len(members) == len(self.members)
         stacks = self.stacks if every else {key: self._joined(key, members) for key in self.stacks}
         scalars, scale, plan = self._filled_scalars(count), self._scale(), self._plan(members)
-        parts = self._parts(members, grads)
-
-        weights = self._weights(members, grads)
+        parts, weights = self._parts(members, grads), self._weights(members, grads)
 
         def update(grad: Tensor) -> None:
             changes = update_of(plan)(grad, stacks, scalars, scale, weights)
@@ -242,26 +240,29 @@ class Bucket:
 
     def _weights(self, members: Sequence[Member], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Those that the compiled update changes itself: a few whole matrices on a CPU, apart in memory."""
-        if not (self.compile and updates.IN_PLACE and self.device.type == "cpu") or self.group["cautious"]:
-            return ()  # eagerly its vectorized part and its remainder may round otherwise
         whole = all(member.form is not None and member.form.kind in ("matrix", "whole") for member in members)
-        narrow = members[0].local.dtype.itemsize < torch.float32.itemsize
-        if narrow or not whole or len(members) > FEW_WEIGHTS:
+        if not (updates.IN_PLACE and len(members) <= FEW_WEIGHTS and whole and self._in_one_pass()):
             return ()
         weights = tuple(member.local.detach() for member in members)
         return weights if _plain((*weights, *grads)) else ()
 
+    def _in_one_pass(self) -> bool:
+        """Whether weights decay as they change: on other devices that would wait for the decay's value."""
+        # Eagerly never, as in `_fused`.
+        fits = self.compile and self.device.type == "cpu" and not self.group["cautious"]
+        dtype = self.members[0].layout.dtype
+        return fits and torch.promote_types(dtype, torch.float32) == dtype
+
     def _apply(self, members: Sequence[Member], changes: Sequence[Tensor], decay: Tensor) -> None:
         """``W <- decay * W + change``; cautious decay only where the change shrinks the weight."""
         weights = [member.local for member in members]
-        wide = torch.promote_types(weights[0].dtype, torch.float32)
-        narrow = wide != weights[0].dtype
-        # Eagerly never, as in `_fused`; other devices would wait for the number.
-        if self.compile and self.device.type == "cpu" and not (narrow or self.group["cautious"]):
+        if self._in_one_pass():
             number = decay.item()
             for weight, change in zip(weights, changes, strict=True):
                 torch.add(change, weight, alpha=number, out=weight)
             return
+        wide = torch.promote_types(weights[0].dtype, torch.float32)
+        narrow = wide != weights[0].dtype
         # Rounded once: in bfloat16 a decay of 1 - 1e-4 alone would be rounded away.
         values = [weight.to(wide) for weight in weights] if narrow else weights
         factor = decay.to(wide)  # of the weights' dtype, for which CUDA has one kernel for all of them

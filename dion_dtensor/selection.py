@@ -58,7 +58,7 @@ def row_sums(stack: Tensor) -> Tensor:
     """
 
     def largest(values: Tensor) -> Tensor:
-        return across(_exponents(_maximum(values, 2)), stack, "max", (2,))
+        return across(_exponents(_maximum(values)), stack, "max", (2,))
 
     def summed(values: Tensor) -> Tensor:
         return across(values.sum(-1, keepdim=True), stack, "sum", (2,))
@@ -125,23 +125,21 @@ def _sums(
         summed: on all ranks.
         room: for as many values as are summed.
     """
-    values = local_of(stack).abs()
-    total: Tensor | None = None
-    for _ in range(2 if stack.dtype == torch.float64 else 1):
-        exponents = largest(values.abs())
-        values = values.double()
-        high = _multiples(values, of_each(exponents), room)
-        total = summed(high) if total is None else total + summed(high)
-        values = values - high
-    assert total is not None
-    return total
+
+    def once(values: Tensor) -> tuple[Tensor, Tensor]:
+        wide = values.double()
+        high = _multiples(wide, of_each(largest(values.abs())), room)
+        return summed(high), wide - high
+
+    total, rest = once(local_of(stack).abs())
+    return total + once(rest)[0] if stack.dtype == torch.float64 else total
 
 
-def _maximum(values: Tensor, dim: int) -> Tensor:
-    """Along ``dim``, kept; zero where a shard is empty."""
-    if is_simulated(values) or not values.shape[dim]:  # a maximum alone refuses an empty dim
-        values = torch.nn.functional.pad(values, [0, 0] * (values.ndim - 1 - dim) + [0, 1])
-    return values.amax(dim, keepdim=True)
+def _maximum(values: Tensor) -> Tensor:
+    """Of each row ``[..., 1]``; zero where a shard is empty."""
+    if is_simulated(values) or not values.shape[-1]:  # a maximum alone refuses an empty dim
+        values = torch.nn.functional.pad(values, (0, 1))
+    return values.amax(-1, keepdim=True)
 
 
 def _exponents(values: Tensor) -> Tensor:

@@ -105,14 +105,8 @@ def update_of(plan: Plan) -> Callable[..., Tensor | None]:
         # Also where matrices were transposed: it is added faster to weights that lie alike.
         return change.contiguous() if plan.compile else change, left
 
-    def step(
-        grads: Tensor,
-        stacks: dict[str, Tensor],
-        scalars: dict[str, Any],
-        scale: Any,
-        weights: Sequence[Tensor] = (),
-    ) -> Tensor | None:
-        change, left = function(grads, stacks, scalars, scale, weights)
+    def step(grads: Tensor, stacks: dict[str, Tensor], *others: Any) -> Tensor | None:
+        change, left = function(grads, stacks, *others)
         for name, value in left.items():
             stacks[name].copy_(value)
         return change
@@ -126,7 +120,7 @@ def update_of(plan: Plan) -> Callable[..., Tensor | None]:
         update.__code__.replace(co_name=f"{rule.name}_update"),
         globals(),
         update.__name__,
-        None,
+        update.__defaults__,
         update.__closure__,
     )
     sharded = plan.grad_layout is not None and plan.grad_layout.mesh is not None

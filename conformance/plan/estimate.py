@@ -266,20 +266,19 @@ def _weight(
         kind=setting.kind,
         pending=pending,
     )
-    cost, times = found.cost, weight.count / number
+    times = weight.count / number
     guess = predict(bucket, one.algorithm, way, one.share)
     before: tuple[Transfer, ...] = ()
     if gradients and one.averaged:
         before = _averaging(_held(elements, sizes, names), sizes, names)
-    touched = times * guess.touched
     return (
-        _repeated(cost, times, before, touched),
-        _repeated(guess, times, before, touched),
+        _repeated(replace(found.cost, touched=guess.touched), times, before),
+        _repeated(guess, times, before),
         [(operator, times) for operator in found.operators],
     )
 
 
-def _repeated(cost: Cost, times: float, before: tuple[Transfer, ...], touched: float) -> Cost:
+def _repeated(cost: Cost, times: float, before: tuple[Transfer, ...]) -> Cost:
     """Of so many runs, which send nothing where there is more than one: these are of one rank."""
     flops = {dtype: times * amount for dtype, amount in cost.flops.items()}
-    return Cost(flops, (*before, *cost.transfers), cost.memory, touched)
+    return Cost(flops, (*before, *cost.transfers), cost.memory, times * cost.touched)

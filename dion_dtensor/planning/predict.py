@@ -121,8 +121,8 @@ def _muon(bucket: Bucket, way: str, fraction: float, *, variance: bool = False) 
     flops = own * polynomial_flops(m, n, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, m, n, size)
     # The loops of its rows no longer fuse with that of the weights.
-    passes = _of_step(bucket, 10 if variance and _changes_weights(bucket) else 6)
-    return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, _touched(bucket, passes, 2))
+    touched = _of_step(bucket, 10 if variance and _changes_weights(bucket) else 6, 2)
+    return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, touched)
 
 
 def _beside(bucket: Bucket, m: int, of_rows: tuple[int | None, ...]) -> list[Transfer]:
@@ -164,9 +164,7 @@ def _by_gram(bucket: Bucket) -> Cost:
         sent += once
         flops += 2 * 2.0 * bucket.count * short**2 * bucket.local(dim) + own * 4 * length * 2.0 * short**3
     memory = _local_memory(bucket) + 4 * WIDE * bucket.count * short**2 + 2 * WIDE * _held(bucket)
-    return Cost(
-        {"float32": flops}, tuple(sent), memory, _touched(bucket, _of_step(bucket, 6 + 4 * len(lengths)))
-    )
+    return Cost({"float32": flops}, tuple(sent), memory, _of_step(bucket, 6 + 4 * len(lengths)))
 
 
 def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool = False) -> Cost:
@@ -231,7 +229,7 @@ def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool 
         _local_memory(bucket) + 2 * WIDE * _held(bucket) + WIDE * (working + 4.0 * count * local_short * r)
     )
     of_factors = 7.0 * WIDE * count * (local_long + local_short) * r
-    return Cost(flops, tuple(sent), memory, _touched(bucket, _of_step(bucket, 8), 2) + of_factors)
+    return Cost(flops, tuple(sent), memory, _of_step(bucket, 8, 2) + of_factors)
 
 
 def _dion_assembled(bucket: Bucket, r: int, orthonormal_right: bool) -> Cost:
@@ -252,7 +250,7 @@ def _dion_assembled(bucket: Bucket, r: int, orthonormal_right: bool) -> Cost:
     flops[_name(compute)] = flops.get(_name(compute), 0.0) + own * 4.0 * long * short * r
     memory = _local_memory(bucket) + own * WIDE * (4.0 * m * n + 3.0 * long * r + 3.0 * short * r)
     at_home = own * WIDE * (5.0 * m * n + 7.0 * (long + short) * r)
-    touched = _touched(bucket, _of_step(bucket, 3), 2) + at_home
+    touched = _of_step(bucket, 3, 2) + at_home
     return Cost(flops, tuple(one for one in sent if one.bytes), memory, touched)
 
 
@@ -313,9 +311,7 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
     memory = _local_memory(bucket) + _polynomial_memory(own, chosen, columns, size)
     # Ranks that hold parts of the same rows agree on their largest values before these are read again to be summed.
     share = chosen / rows  # of its rows, Dion3 also reads and writes what their norms are divided by
-    touched = _touched(
-        bucket, _of_step(bucket, (8 if along else 6) + (4 if only_rows else 2) * share), 3 * share
-    )
+    touched = _of_step(bucket, (8 if along else 6) + (4 if only_rows else 2) * share, 3 * share)
     return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, touched)
 
 
@@ -339,9 +335,9 @@ def around(bucket: Bucket) -> int:
     return (2 if bucket.count > 1 else 0) + 1 + added
 
 
-def _of_step(bucket: Bucket, update: float) -> float:
-    """Passes of a step, from those of an update that writes its change (1), not the weights that it changes (2)."""
-    return around(bucket) + update + _changes_weights(bucket)
+def _of_step(bucket: Bucket, update: float, narrow: float = 0.0) -> float:
+    """Bytes of a step, from the passes of an update that writes its change (1), not the weights that it changes (2)."""
+    return _touched(bucket, around(bucket) + update + _changes_weights(bucket), narrow)
 
 
 def _changes_weights(bucket: Bucket) -> bool:
