@@ -127,9 +127,10 @@ def _sums(
     """
 
     def once(values: Tensor) -> tuple[Tensor, Tensor]:
-        wide = values.double()
-        high = _multiples(wide, of_each(largest(values.abs())), room)
-        return summed(high), wide - high
+        exponents = of_each(largest(values.abs()))
+        values = values.double()  # what was given is let go, eagerly the peak of a step
+        high = _multiples(values, exponents, room)
+        return summed(high), values - high
 
     total, rest = once(local_of(stack).abs())
     return total + once(rest)[0] if stack.dtype == torch.float64 else total
