@@ -1,18 +1,22 @@
 """Chosen rows travel from the ranks that hold them to the ranks that work on their matrix, and back.
 
-Which rows are chosen depends on the data, so how many of them each rank holds does too: the exchange is an operator
-that ``torch.compile`` does not look into, with a result of fixed shape.  Every rank knows all choices and who holds
-which row, so nothing but the rows themselves is sent.
+Which rows are chosen depends on the data, so how many of them each rank holds does too: the exchange is made of
+operators that ``torch.compile`` does not look into, with results of fixed shape.  Every rank knows all choices and who
+holds which row, so nothing but the rows themselves is sent.
+
+It is started and waited for apart, so that work on other rows comes in between.  A compiler sees no collective in here,
+and may order what does not depend on it differently on ranks with other shapes, so that they wait for each other.  So
+whatever else communicates comes before, by ``after``, or works with the result.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, all_to_all_single
+from torch.distributed import ProcessGroup, Work, all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 from torch.fx.node import has_side_effect
@@ -20,7 +24,7 @@ from torch.fx.node import has_side_effect
 from dion_dtensor.layout import owners
 from dion_dtensor.placements import axes_sharding, constant
 
-__all__ = ["fetch_rows", "return_rows", "route"]
+__all__ = ["finish_rows", "on_host", "route", "start_fetch", "start_return"]
 
 EVERYWHERE = -1
 """In place of a coordinate: every rank of the axis has the row."""
@@ -125,106 +129,190 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
     return _known[key]
 
 
-@torch.library.custom_op("dion_dtensor::fetch_rows", mutates_args=())
-def fetch_rows(local: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]) -> Tensor:
-    """Bring the chosen rows of each matrix together.
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """What this rank has of all rows.
 
-    A compiler sees no collective in here, and may order what does not depend on it differently on ranks with other
-    shapes, so that they wait for each other. So whatever else communicates comes before, by ``after``, or works with
-    the result.
+    Attributes:
+        source: ``[a, b, n]``, where they lie.
+        first, second: ``[h]``, where in ``source`` each of them does.
+        which: ``[h]``, its number, ascending.
+    """
+
+    source: Tensor
+    first: Tensor
+    second: Tensor
+    which: Tensor
+
+    def taken(self, order: Tensor) -> Tensor:
+        """``[len(order), n]``: those of the indices ``order``."""
+        device = self.source.device
+        return self.source[self.first[order].to(device), self.second[order].to(device)]
+
+
+@dataclass(eq=False)
+class Flight:
+    """Rows on the last hop of their way, or landed where ``work`` is None.
+
+    Attributes:
+        rows: what this rank will have.
+        arriving: indices into these, in the order in which they lie in their source; None if they lie in any.
+        first, second: ``[h]``, where in the result each of them belongs.
+        work, sent: what is waited for, and has to be kept until then.
+    """
+
+    rows: Rows
+    arriving: Tensor | None = None
+    work: Work | None = None
+    sent: Tensor | None = None
+    first: Tensor = field(default_factory=lambda: torch.empty(0))
+    second: Tensor = field(default_factory=lambda: torch.empty(0))
+
+    def landed(self) -> Rows:
+        """Wait."""
+        if self.work is not None:
+            self.work.wait()
+        self.work = self.sent = None
+        return self.rows
+
+    def put(self, result: Tensor) -> None:
+        """Write the rows, which have landed, into ``result``."""
+        if self.arriving is None:
+            first, second = self.first, self.second
+            values = self.rows.taken(torch.arange(len(first)))
+        else:
+            first, second = self.first[self.arriving], self.second[self.arriving]
+            values = self.rows.source[0]
+        result[first.to(result.device), second.to(result.device)] = values
+
+
+_flights: dict[int, Flight] = {}
+"""By the address of the token that an operator gave for it."""
+
+
+@torch.library.custom_op("dion_dtensor::on_host", mutates_args=())
+def on_host(chosen: Tensor) -> Tensor:
+    """A copy of ``chosen`` for the host, which waits for it once."""
+    return chosen.to("cpu", copy=True)
+
+
+@on_host.register_fake
+def _(chosen: Tensor) -> Tensor:
+    return torch.empty_like(chosen, device="cpu")
+
+
+@torch.library.custom_op("dion_dtensor::start_fetch", mutates_args=())
+def start_fetch(local: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]) -> Tensor:
+    """Start to bring the chosen rows of each matrix together.
 
     Args:
         local: ``[N, rows held here, n]``.
-        chosen: ``[N, k]``, indices into all rows, the same on every rank.
+        chosen: ``[N, k]``, indices into all rows, the same on every rank, :func:`on_host`.
         number: of the route.
         matrices: N, padded to a multiple of the ranks that share the work.
         after: results of the collectives that come before.
 
     Returns:
-        ``[matrices of this rank, k, n]``, zero for padding.
+        A token for :func:`finish_rows`, which then gives ``[matrices of this rank, k, n]``, zero for padding.
     """
     way, k = _routes[number], chosen.shape[1]
-    picked = chosen.cpu().reshape(-1)
+    picked, at = chosen.reshape(-1), way.owner[chosen.reshape(-1)]
     workers = way.workers(matrices)[: len(chosen)].repeat_interleave(k, dim=0)
-    at, keys = way.owner[picked].clone(), torch.arange(len(picked))
-    held = keys[way.here_of(at)]
-    rows = local[(held // k).to(local.device), way.place[picked[held]].to(local.device)]
-    for axis in way.order:
-        rows, held = _hop(rows, held, at, workers[:, axis], way, axis)
-    own = way.own(matrices)
-    result = local.new_zeros(len(own), k, local.shape[2])
-    result[(held // k - own.start).to(local.device), (held % k).to(local.device)] = rows
-    return result
+    held = torch.arange(len(picked))[way.here_of(at)]
+    flight = _sent(Rows(local, held // k, way.place[picked[held]], held), at, workers, way, way.order)
+    arriving = flight.rows.which
+    flight.first, flight.second = arriving // k - way.own(matrices).start, arriving % k
+    return _token(flight)
 
 
-@fetch_rows.register_fake
-def _(local: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]) -> Tensor:
-    return local.new_empty(len(_routes[number].own(matrices)), chosen.shape[1], local.shape[2])
-
-
-@torch.library.custom_op("dion_dtensor::return_rows", mutates_args=())
-def return_rows(
-    values: Tensor, chosen: Tensor, number: int, matrices: int, held_rows: int, after: Sequence[Tensor]
+@torch.library.custom_op("dion_dtensor::start_return", mutates_args=())
+def start_return(
+    values: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]
 ) -> Tensor:
-    """The way back of :func:`fetch_rows`.
+    """The way back of :func:`start_fetch`.
 
     Args:
         values: ``[matrices of this rank, k, n]``.
-        chosen, number, matrices: as given there.
-        held_rows: rows of each matrix that this rank holds.
-        after: as there.
+        chosen, number, matrices, after: as given there.
 
     Returns:
-        ``[N, held_rows, n]``, zero where a row was not chosen.
+        A token for :func:`finish_rows`, which then gives ``[N, rows held here, n]``, zero where a row was not chosen.
     """
     way, (count, k) = _routes[number], chosen.shape
-    picked = chosen.cpu().reshape(-1)
-    at = way.workers(matrices)[:count].repeat_interleave(k, dim=0).clone()
-    home, keys = way.owner[picked], torch.arange(len(picked))
-    held = keys[way.here_of(at)]
-    rows = values[(held // k - way.own(matrices).start).to(values.device), (held % k).to(values.device)]
-    for axis in reversed(way.order):
-        rows, held = _hop(rows, held, at, home[:, axis], way, axis)
-    result = values.new_zeros(count, held_rows, values.shape[2])
-    result[(held // k).to(values.device), way.place[picked[held]].to(values.device)] = rows
+    picked, home = chosen.reshape(-1), way.owner[chosen.reshape(-1)]
+    at = way.workers(matrices)[:count].repeat_interleave(k, dim=0)
+    held = torch.arange(len(picked))[way.here_of(at)]
+    rows = Rows(values, held // k - way.own(matrices).start, held % k, held)
+    flight = _sent(rows, at, home, way, way.order[::-1])
+    arriving = flight.rows.which
+    flight.first, flight.second = arriving // k, way.place[picked[arriving]]
+    return _token(flight)
+
+
+@torch.library.custom_op("dion_dtensor::finish_rows", mutates_args=())
+def finish_rows(token: Tensor, shape: Sequence[int], dtype: torch.dtype, after: Sequence[Tensor]) -> Tensor:
+    """Wait for the rows that ``token`` stands for, and lay them among zeros.
+
+    Args:
+        token: given by the start.
+        shape: of the result.
+        dtype: of the rows.
+        after: what is to be started before.
+    """
+    flight = _flights.pop(token.data_ptr())
+    flight.landed()
+    result = token.new_zeros(tuple(shape), dtype=dtype)
+    flight.put(result)
     return result
 
 
-@return_rows.register_fake
-def _(
-    values: Tensor, chosen: Tensor, number: int, matrices: int, held_rows: int, after: Sequence[Tensor]
-) -> Tensor:
-    return values.new_empty(chosen.shape[0], held_rows, values.shape[2])
+@start_fetch.register_fake
+@start_return.register_fake
+def _(rows: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]) -> Tensor:
+    return rows.new_empty(1)
+
+
+@finish_rows.register_fake
+def _(token: Tensor, shape: Sequence[int], dtype: torch.dtype, after: Sequence[Tensor]) -> Tensor:
+    return token.new_empty(tuple(shape), dtype=dtype)
 
 
 # A rank that holds none of the rows has no use for the results, but the others wait for it: a compiler must not leave
 # the calls out there.
-for _operator in ("fetch_rows", "return_rows"):
+for _operator in ("start_fetch", "start_return", "finish_rows"):
     has_side_effect(getattr(torch.ops.dion_dtensor, _operator).default)
 
 
-def _hop(
-    rows: Tensor, held: Tensor, at: Tensor, target: Tensor, way: Route, axis: int
-) -> tuple[Tensor, Tensor]:
+def _token(flight: Flight) -> Tensor:
+    token = flight.rows.source.new_empty(1)
+    _flights[token.data_ptr()] = flight
+    return token
+
+
+def _sent(rows: Rows, at: Tensor, target: Tensor, way: Route, order: Sequence[int]) -> Flight:
+    """Move rows from the ranks ``at`` ``[all, axes]`` to those of ``target``, along one axis after the other."""
+    flight, at = Flight(rows), at.clone()
+    for axis in order:
+        flight = _hop(flight.landed(), at, target[:, axis], way, axis)
+    return flight
+
+
+def _hop(rows: Rows, at: Tensor, target: Tensor, way: Route, axis: int) -> Flight:
     """Move rows along one axis.
 
     Args:
-        rows: ``[h, n]``, what this rank holds.
-        held: ``[h]``, which row each is, ascending.
+        rows: what this rank has.
         at: ``[all, axes]``, where every row is; its column of this axis becomes ``target``.
         target: ``[all]``, the coordinate each row goes to, or EVERYWHERE.
         way, axis: the route, and which of its axes.
-
-    Returns:
-        What this rank holds afterwards, and which row each is, ascending.
     """
-    ranks = way.sizes[axis]
-    came_from, mine = at[:, axis].clone(), held
+    ranks, mine, n = way.sizes[axis], rows.which, rows.source.shape[2]
+    came_from = at[:, axis].clone()
     at[:, axis] = target
     wanted = torch.arange(len(at))[way.here_of(at)]
     if bool((came_from == EVERYWHERE).all()):  # nothing has to travel
         kept = torch.isin(mine, wanted)
-        return rows[kept.to(rows.device)], mine[kept]
+        return Flight(Rows(rows.source, rows.first[kept], rows.second[kept], mine[kept]))
     goes = target[mine]
     if bool((target == EVERYWHERE).all()):
         order = torch.arange(len(mine)).repeat(ranks)
@@ -236,11 +324,11 @@ def _hop(
     arriving = torch.argsort(sources, stable=True)
     expected = torch.bincount(sources, minlength=ranks).tolist()
     # As flat bytes: gloo knows fewer dtypes than torch, and a row may be empty here.
-    width = rows.shape[1] * rows.element_size()
-    sent = rows[order.to(rows.device)].reshape(-1).view(torch.uint8)
+    width = n * rows.source.element_size()
+    sent = rows.taken(order).reshape(-1).view(torch.uint8)
     received = sent.new_empty(len(wanted) * width)
-    sizes_in, sizes_out = [n * width for n in expected], [n * width for n in counts]
-    all_to_all_single(received, sent, sizes_in, sizes_out, group=way.groups[axis])
-    moved = rows.new_empty(len(wanted), rows.shape[1])
-    moved[arriving.to(rows.device)] = received.view(rows.dtype).reshape(moved.shape)
-    return moved, wanted
+    sizes_in, sizes_out = [one * width for one in expected], [one * width for one in counts]
+    work = all_to_all_single(received, sent, sizes_in, sizes_out, group=way.groups[axis], async_op=True)
+    second = torch.empty_like(arriving).scatter_(0, arriving, torch.arange(len(arriving)))
+    source = received.view(rows.source.dtype).view(1, len(wanted), n)
+    return Flight(Rows(source, torch.zeros_like(second), second, wanted), arriving, work, sent)

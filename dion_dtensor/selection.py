@@ -24,9 +24,9 @@ from dion_dtensor.assembly import (
     relaid,
     whole_dim,
 )
-from dion_dtensor.exchange import fetch_rows, return_rows, route
+from dion_dtensor.exchange import finish_rows, on_host, route, start_fetch, start_return
 from dion_dtensor.layout import is_simulated, sharing_axes
-from dion_dtensor.whole_matrices import on_whole_matrices
+from dion_dtensor.whole_matrices import in_turns, on_whole_matrices
 
 __all__ = ["column_sums", "largest_rows", "on_rows", "own_rows", "row_sums", "scaled_rows", "slices"]
 
@@ -191,7 +191,7 @@ def on_rows(
         chosen: ``[N, k]``, ascending indices of rows, the same on every rank (:func:`largest_rows`).
         states: ``[N, m, 1]``, a value for each row.
         assemble: bring all rows together before the choice, by ordinary collectives.
-        after: what other collectives of the step gave; see :func:`fetch_rows`.
+        after: what other collectives of the step gave; see :mod:`dion_dtensor.exchange`.
 
     Returns:
         ``[N, m, n]``, zero but for the chosen rows; with ``states`` a tuple, with each of them changed in these rows.
@@ -215,37 +215,76 @@ def _on_shards(
     after: Sequence[Tensor],
 ) -> tuple[Tensor, ...]:
     """The directions as ``stack`` lies, and the new values ``[N, k, 1]`` of the states on every rank."""
-    mesh, storage, local = stack.device_mesh, stack.placements, stack.to_local()
-    count, n = local.shape[0], stack.shape[2]
-    axes = algebra.axes_sharding(storage, 1)
-    exchanged = bool(axes) and not assemble
-    split: tuple[int, ...] = ()
-    number = padded = 0
     whole = [local_of(whole_dim(state, 1)) for state in states]
-    if exchanged:
-        split, ranks = _sharing(mesh, storage, count)
-        padded = count + -count % ranks
-        number = route(mesh, storage, stack.shape[1], split)
-        rows = fetch_rows(local, chosen, number, padded, [*whole, *map(local_of, after)])
-    else:
-        rows = _rows(local_of(whole_dim(stack, 1)), chosen)
+    if algebra.axes_sharding(stack.placements, 1) and not assemble:
+        return _exchanged(function, stack, chosen, whole, after)
+    rows = _rows(local_of(whole_dim(stack, 1)), chosen)
+    placements = algebra.of_exchanged(stack.placements, ())
+    values, *new = _worked(function, rows, [_rows(state, chosen) for state in whole], stack, placements)
+    return _spread(values, chosen, stack), *new
+
+
+def _exchanged(
+    function: Callable[..., Any],
+    stack: DTensor,
+    chosen: Tensor,
+    states: list[Tensor],
+    after: Sequence[Tensor],
+) -> tuple[Tensor, ...]:
+    """Where rows are sharded: the chosen ones alone travel, in two turns where that is much, as whole matrices do.
+
+    What is started, waited for and gathered is chained, so that its order is the same on every rank.
+    """
+    mesh, storage, local = stack.device_mesh, stack.placements, stack.to_local()
+    count, k = chosen.shape
+    split, ranks = _sharing(mesh, storage, count)
     placements = algebra.of_exchanged(storage, split)
-    shape = _global_shape(rows, mesh, placements, n)
-    own = [_own_block(_rows(state, chosen), mesh, split, padded or count) for state in whole]
-    result = on_whole_matrices(
-        function,
-        from_local(rows, mesh, placements, shape),
-        *(from_local(one, mesh, algebra.of_only(placements, (0,)), (*shape[:2], 1)) for one in own),
-    )
-    result = result if isinstance(result, tuple) else (result,)
-    values = result[0].to_local()
-    new = [_all_blocks(one.to_local(), mesh, split)[:count] for one in result[1:]]
-    if exchanged:
-        back = return_rows(values, chosen, number, padded, local.shape[1], new)
-        directions: Tensor = from_local(back, mesh, storage, tuple(stack.shape))
-    else:
-        directions = _spread(values, chosen, stack)
-    return directions, *new
+    number = route(mesh, storage, stack.shape[1], split)
+    padded = in_turns(stack, k, ranks, count + -count % ranks)
+    lengths = [*padded[:-1], count - sum(padded[:-1])]
+    stacks, choices = torch.split(local, lengths), torch.split(chosen, lengths)
+    here = torch.split(on_host(chosen), lengths)
+    own = [torch.split(state, lengths) for state in states]
+    last, leaving, returning = [*states, *map(local_of, after)], [], []
+    for turn, matrices in enumerate(padded):
+        leaving.append(start_fetch(stacks[turn], here[turn], number, matrices, last))
+        last = [leaving[turn]]
+    changed: list[list[Tensor]] = [[] for _ in states]
+    dtypes = []
+    for turn, matrices in enumerate(padded):
+        rows = finish_rows(leaving[turn], (matrices // ranks, k, local.shape[2]), local.dtype, last)
+        values_of = [_own_block(_rows(state[turn], choices[turn]), mesh, split, matrices) for state in own]
+        values, *new = _worked(function, rows, values_of, stack, placements)
+        new = [_all_blocks(one, mesh, split)[: lengths[turn]] for one in new]
+        for so_far, one in zip(changed, new, strict=True):
+            so_far.append(one)
+        returning.append(start_return(values, here[turn], number, matrices, new))
+        last = [returning[turn]]
+        dtypes.append(values.dtype)
+    back = [
+        finish_rows(token, (length, *local.shape[1:]), dtype, last)
+        for token, length, dtype in zip(returning, lengths, dtypes, strict=True)
+    ]
+    return from_local(_joined(back), mesh, storage, tuple(stack.shape)), *map(_joined, changed)
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _worked(
+    function: Callable[..., Any],
+    rows: Tensor,
+    values: list[Tensor],
+    stack: DTensor,
+    placements: tuple[Placement, ...],
+) -> list[Tensor]:
+    """``function`` on chosen ``rows`` ``[j, k, n]`` and ``values`` ``[j, k, 1]``, local shards of ``placements``."""
+    mesh = stack.device_mesh
+    shape = _global_shape(rows, mesh, placements, stack.shape[2])
+    given = (from_local(one, mesh, algebra.of_only(placements, (0,)), (*shape[:2], 1)) for one in values)
+    result = on_whole_matrices(function, from_local(rows, mesh, placements, shape), *given)
+    return [one.to_local() for one in (result if isinstance(result, tuple) else (result,))]
 
 
 def _sharing(mesh: DeviceMesh, storage: tuple[Placement, ...], count: int) -> tuple[tuple[int, ...], int]:

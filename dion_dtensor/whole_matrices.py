@@ -19,10 +19,10 @@ from dion_dtensor.alltoall import exchanges, start_exchange
 from dion_dtensor.assembly import from_local
 from dion_dtensor.layout import compute_placements
 
-__all__ = ["on_whole_matrices"]
+__all__ = ["in_turns", "on_whole_matrices"]
 
 OVERLAP_BYTES = 32 << 20
-"""Of a rank's shards, from which on two turns hide more than their shorter messages and batches cost."""
+"""Of what a rank sends, from which on two turns hide more than their shorter messages and batches cost."""
 
 Move = tuple[int, tuple[Placement, ...], tuple[Placement, ...], tuple[int, ...]]
 """Axis, placements before and after, and shape of the stack."""
@@ -57,7 +57,8 @@ def on_whole_matrices(
     padding = -count % ranks
     # One order for all, since it says which rank works on which matrix.
     order = algebra.order_of_moves(algebra.of_apart(stack.placements), target)
-    turns = _turns(stack.to_local(), ranks, count + padding)
+    stays = not algebra.moves(algebra.of_apart(stack.placements), target, order)
+    turns = [count] if stays else in_turns(stack, stack.shape[1], ranks, count + padding)
 
     def away(tensor: Tensor) -> list[Flying]:
         assert isinstance(tensor, DTensor)
@@ -92,10 +93,22 @@ def on_whole_matrices(
     return whole[0] if alone else tuple(whole)
 
 
-def _turns(local: Tensor, ranks: int, count: int) -> list[int]:
-    """How many of ``count`` matrices go together; ``ranks`` divides each number."""
+def in_turns(stack: DTensor, rows: int, ranks: int, count: int) -> list[int]:
+    """How many matrices go together, the same on every rank; ``ranks`` divides each number.
+
+    Args:
+        stack: ``[N, m, n]``.
+        rows: how many of each matrix travel.
+        ranks: among which the matrices are shared.
+        count: matrices, a multiple of ``ranks``.
+    """
+    # Not of the local shard, since shards may be uneven.
+    size = stack.numel() * rows // max(stack.shape[1], 1) * stack.element_size()
+    for dim in range(stack.ndim):
+        for axis in algebra.axes_sharding(stack.placements, dim):
+            size //= stack.device_mesh.size(axis)
     share = count // ranks
-    if share < 2 or local.numel() * local.element_size() < OVERLAP_BYTES:
+    if share < 2 or size < OVERLAP_BYTES:
         return [count]
     return [(share - share // 2) * ranks, share // 2 * ranks]
 

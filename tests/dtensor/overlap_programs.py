@@ -8,28 +8,35 @@ import torch
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
 
-from dion_dtensor import Muon, whole_matrices
+import dion_dtensor
+from dion_dtensor import whole_matrices
 from dion_dtensor.updates import update_of
 from tests.dtensor.layouts import Layout, build_mesh, lay_out
 from tests.dtensor.programs import full, run_steps
 
 NINE = ((13, 10),) * 9
 """Uneven shards; three matrices a rank on four ranks, the last three of them padding."""
+OPTIONS = {"Dion2": {"path": "exchange"}}
 WORDS = {
     "_c10d_functional::all_to_all_single": "start",
     "_c10d_functional::wait_tensor": "wait",
     "dion_dtensor::gram_iterations": "work",
+    "dion_dtensor::start_fetch": "fetch",
+    "dion_dtensor::start_return": "return",
+    "dion_dtensor::finish_rows": "finish",
 }
 
 
-def run_in_turns(name: str, place: Layout) -> dict[str, list[Tensor]] | None:
-    """``run_steps`` with the matrices in two turns, however small they are."""
-    with mock.patch.object(whole_matrices, "OVERLAP_BYTES", 0):
+def run_in_turns(name: str, place: Layout, overlap_bytes: int = 0) -> dict[str, list[Tensor]] | None:
+    """``run_steps`` with the matrices in two turns from so many bytes on."""
+    with mock.patch.object(whole_matrices, "OVERLAP_BYTES", overlap_bytes):
         return run_steps(name, place, NINE, compile=False)
 
 
-def steps_of(place: Layout, compiled: bool, overlap_bytes: int) -> tuple[list[str], list[Tensor]] | None:
-    """What the third step of Muon on eight matrices did, in order, and the weights then; None outside the mesh."""
+def steps_of(
+    name: str, place: Layout, compiled: bool, overlap_bytes: int
+) -> tuple[list[str], list[Tensor]] | None:
+    """What the third step on eight matrices did, in order, and the weights then; None outside the mesh."""
     mesh = build_mesh(place)
     if mesh.get_coordinate() is None:
         return None
@@ -38,7 +45,7 @@ def steps_of(place: Layout, compiled: bool, overlap_bytes: int) -> tuple[list[st
     weights = [nn.Parameter(lay_out(weight, place, mesh)) for weight, _ in drawn]
     update_of.cache_clear()
     with mock.patch.object(whole_matrices, "OVERLAP_BYTES", overlap_bytes):
-        optimizer = Muon(weights, compile=compiled)
+        optimizer = getattr(dion_dtensor, name)(weights, compile=compiled, **OPTIONS.get(name, {}))
         for weight, (_, grad) in zip(weights, drawn, strict=True):
             weight.grad = lay_out(grad, place, mesh)
         for _ in range(2):

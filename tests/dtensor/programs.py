@@ -41,8 +41,9 @@ OPTIMIZERS: dict[str, Any] = {
 }
 OWN: dict[str, dict[str, Any]] = {
     "orth_dion": {"right_factor": "orthonormalize"},
-    "dion2": {"fraction": 0.4},
-    "dion3": {"fraction": 0.4},
+    # Where rows are sharded, the harder way, which "auto" does not take for some of such small matrices.
+    "dion2": {"fraction": 0.4, "path": "exchange"},
+    "dion3": {"fraction": 0.4, "path": "exchange"},
 }
 
 Problem = tuple[list[Tensor], list[list[Tensor]]]
@@ -89,7 +90,7 @@ def run_steps(
     group = {"params": named, "algorithm": "dion" if name == "orth_dion" else name}
     if split is not None:
         group["split"] = split
-    optimizer = OPTIMIZERS[name]([group], lr=0.05, weight_decay=0.1, **OWN.get(name, {}), **options)
+    optimizer = OPTIMIZERS[name]([group], lr=0.05, weight_decay=0.1, **(OWN.get(name, {}) | options))
     for step in gradients:
         for parameter, gradient in zip(parameters, step, strict=True):
             parameter.grad = laid(gradient)

@@ -44,7 +44,7 @@ def make(name: str, model: nn.Module, **options: Any) -> torch.optim.Optimizer:
     group = {"params": named, "algorithm": "dion" if name == "orth_dion" else name}
     own = {"rank_fraction": 0.5} if name in ("dion", "orth_dion") else {}
     made: torch.optim.Optimizer = OPTIMIZERS[name](
-        [group], compile=False, **OWN.get(name, {}), **own, **options
+        [group], compile=False, **(OWN.get(name, {}) | own | options)
     )
     return made
 
@@ -141,8 +141,7 @@ def split_without_averages(name: str) -> float | None:
         OPTIMIZERS[name](
             [{"params": [("fused", parameter)], "algorithm": name, "split": "rows(9, 5, 5)"}],
             compile=False,
-            **OWN.get(name, {}),
-            **options,
+            **(OWN.get(name, {}) | options),
         )
         for parameter, options in zip(
             parameters, ({}, {"replicate_mesh": group, "averaged": False}), strict=True

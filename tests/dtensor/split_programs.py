@@ -58,7 +58,7 @@ def split_steps(
     named = list(zip(("first", "second"), parameters, strict=True))
     group = {"params": named, "algorithm": "dion" if name == "orth_dion" else name, "split": split}
     own = {"rank_fraction": 0.5} if "dion" in name and name[-1] == "n" else {}
-    optimizer = OPTIMIZERS[name]([group], lr=0.05, weight_decay=0.1, **OWN.get(name, {}), **own, **options)
+    optimizer = OPTIMIZERS[name]([group], lr=0.05, weight_decay=0.1, **(OWN.get(name, {}) | own | options))
     for step in range(steps):
         for index, parameter in enumerate(parameters):
             parameter.grad = laid(drawn[2 * (step + 1) + index])

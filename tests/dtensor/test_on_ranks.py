@@ -73,7 +73,7 @@ def test_chosen_rows_may_travel_with_all_others(ranks: Ranks, name: str) -> None
             assert all(torch.equal(a, b) for a, b in zip(result["weight"], expected["weight"], strict=True))
 
 
-@pytest.mark.parametrize("name", ["muon", "normuon"])
+@pytest.mark.parametrize("name", ["muon", "normuon", "dion2", "dion3"])
 def test_matrices_in_two_turns_are_bitwise_those_of_one_device(ranks: Ranks, name: str) -> None:
     expected = on_one_thread(run_steps, name, None, NINE, compile=False)
     # The last one holds rows in runs that lie apart; older DTensors refuse to make it.
@@ -141,27 +141,35 @@ def test_memory_is_counted_as_the_allocator_does(ranks: Ranks, where: str) -> No
         assert counted == pytest.approx(measured, rel=0.01), algorithm
 
 
+@pytest.mark.parametrize(("name", "least"), [("muon", 1000), ("dion2", 300), ("dion3", 300)])
+def test_ranks_with_uneven_shards_take_as_many_turns(ranks: Ranks, name: str, least: int) -> None:
+    """Of 13 rows three ranks have four and the last has one: more and less than ``least`` bytes."""
+    expected = on_one_thread(run_steps, name, None, NINE, compile=False)
+    for result in ranks.run(4, run_in_turns, name, layout("4 S0"), least):
+        assert all(torch.equal(a, b) for a, b in zip(result["weight"], expected["weight"], strict=True))
+
+
+MUON_ALONE = "start wait work start wait"
+# The second turn is on its way during the work on the first, the first on its way back during the second.
+MUON_IN_TURNS = "start start wait work start wait work start wait wait"
+ROWS_ALONE = "wait fetch finish work return finish"
+ROWS_IN_TURNS = "wait fetch fetch finish work return finish work return finish finish"
+
+
 @pytest.mark.parametrize("compiled", [False, True])
-def test_collectives_overlap_with_work(ranks: Ranks, compiled: bool) -> None:
+@pytest.mark.parametrize(
+    ("name", "alone", "in_turns"),
+    [("Muon", MUON_ALONE, MUON_IN_TURNS), ("Dion2", ROWS_ALONE, ROWS_IN_TURNS)],
+)
+def test_collectives_overlap_with_work(
+    ranks: Ranks, name: str, alone: str, in_turns: str, compiled: bool
+) -> None:
     place = layout("2 S0")
-    runs = [ranks.run(2, steps_of, place, compiled, least) for least in (0, 1 << 20)]
+    runs = [ranks.run(2, steps_of, name, place, compiled, least) for least in (0, 1 << 20)]
     for (order, weights), (plain, same) in zip(*runs, strict=True):
         # The first wait is that of the ranks' agreement on the gradients.
-        assert plain == ["wait", "start", "wait", "work", "start", "wait"]
-        # The second turn is on its way during the work on the first, the first on its way back during the second.
-        assert order == [
-            "wait",
-            "start",
-            "start",
-            "wait",
-            "work",
-            "start",
-            "wait",
-            "work",
-            "start",
-            "wait",
-            "wait",
-        ]
+        assert plain == f"wait {alone}".split()
+        assert order == f"wait {in_turns}".split()
         for ours, theirs in zip(weights, same, strict=True):
             torch.testing.assert_close(ours, theirs)
 

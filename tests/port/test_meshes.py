@@ -134,7 +134,7 @@ def test_a_hang_in_the_step_of_our_bucket_names_its_parameters_on_every_rank() -
     ("operator", "waits"),
     [
         ("_c10d_functional.wait_tensor.default", True),
-        ("dion_dtensor.fetch_rows.default", True),
+        ("dion_dtensor.finish_rows.default", True),
         ("aten.mm.default", False),
     ],
 )
