@@ -151,14 +151,32 @@ def _codes(members: Sequence[Member]) -> list[int]:
             grad = member.parameter.grad
             assert grad is not None
             alike.setdefault((grad.dtype, grad.device), []).append(index)
-    for (dtype, _), indices in alike.items():
+    for indices in alike.values():
         grads = [local_of(members[i].parameter.grad).detach() for i in indices]  # type: ignore[arg-type]
-        wide = torch.promote_types(torch.float32, dtype)  # squares of float16 would overflow
-        sums = torch.stack(torch._foreach_norm(grads, dtype=wide))
-        for index, grad, fine in zip(indices, grads, sums.isfinite().tolist(), strict=True):
-            if not fine and not bool(grad.isfinite().all()):  # the squares of huge numbers overflow too
+        for index, fine in zip(indices, _finite(grads), strict=True):
+            if not fine:
                 codes[index] = NOT_FINITE
     return codes
+
+
+def _finite(grads: Sequence[Tensor]) -> list[bool]:
+    """Whether all values are finite, of each of some tensors of one dtype on one device."""
+    return by_extremes(grads) if grads[0].device.type == "cpu" else by_norms(grads)
+
+
+def by_extremes(grads: Sequence[Tensor]) -> list[bool]:
+    """Whether all values are finite: on a CPU as fast as memory is read, where norms take half as long again."""
+    ends = [end for grad in grads for end in (torch.aminmax(grad) if grad.numel() else grad.new_zeros(2))]
+    fine: list[bool] = torch.stack(ends).isfinite().view(-1, 2).all(dim=1).tolist()
+    return fine
+
+
+def by_norms(grads: Sequence[Tensor]) -> list[bool]:
+    """Whether all values are finite: on a GPU one kernel."""
+    wide = torch.promote_types(torch.float32, grads[0].dtype)  # squares of float16 would overflow
+    sums = torch.stack(torch._foreach_norm(list(grads), dtype=wide)).isfinite().tolist()
+    # The squares of huge numbers overflow too.
+    return [fine or bool(grad.isfinite().all()) for fine, grad in zip(sums, grads, strict=True)]
 
 
 def _layout_code(member: Member) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from torch.optim import adamw as adamw_of_torch
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from dion_dtensor import Dion, Muon, param_groups
+from dion_dtensor.gradients import by_extremes, by_norms
 from dion_dtensor.updates import update_of
 from tests.dtensor.small import MATRIX_RULES, RULES, Small, backward, make, optimizer_of, train
 
@@ -291,6 +293,20 @@ def test_sizes_that_float32_cannot_square(algorithm: str, exponent: int) -> None
         optimizer.step()
         updates.append(weight.detach())
     torch.testing.assert_close(updates[1], updates[0], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("finite", [by_extremes, by_norms])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_whatever_is_not_finite_is_found(
+    finite: Callable[[list[torch.Tensor]], list[bool]], dtype: torch.dtype
+) -> None:
+    fine = torch.randn(33, 7, generator=torch.Generator().manual_seed(0)).to(dtype)
+    spoiled = [fine.clone() for _ in range(3)]
+    for one, value in zip(spoiled, (torch.nan, torch.inf, -torch.inf), strict=True):
+        one[-1, 3] = value
+    largest = torch.full((4, 4), torch.finfo(dtype).max, dtype=dtype)
+    assert finite([fine, fine.mT, fine[:, ::2], fine[:0], fine[0, 0], largest]) == [True] * 6
+    assert finite([*spoiled, spoiled[0].mT, spoiled[1][:, 1::2], spoiled[2][-1, 3]]) == [False] * 6
 
 
 def test_huge_finite_gradients_are_no_fault() -> None:
