@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from dion_dtensor.assembly import elementwise, from_local, laid_like, local_of, whole_dim
 from dion_dtensor.matrices import Piece, Split
-from dion_dtensor.selection import column_sums, largest_rows, on_rows, own_rows, row_sums
+from dion_dtensor.selection import column_sums, largest_rows, on_rows, own_rows
 from dion_dtensor.whole_matrices import on_whole_matrices
 
 __all__ = ["Blocks", "blocks_of", "on_columns_of_blocks", "on_rows_of_blocks", "scaled_where"]
@@ -29,7 +29,6 @@ class Blocks(NamedTuple):
     """The logical matrices of a parameter ``[height, n]``.
 
     Attributes:
-        split: of the parameter.
         pieces: by shape.
         rows: for each piece ``[count, m]``, which of the parameter's rows its matrices have.
         owner: ``[height]``, the number of the matrix that has each row.
@@ -37,7 +36,6 @@ class Blocks(NamedTuple):
         n: columns of all.
     """
 
-    split: Split
     pieces: tuple[Piece, ...]
     rows: tuple[Tensor, ...]
     owner: Tensor
@@ -62,13 +60,13 @@ def blocks_of(split: Split, stack: Tensor) -> Blocks:
     ]
     order = torch.cat([some.flatten() for some in rows])
     owner = torch.empty_like(order).scatter(0, order, torch.cat(numbers))
-    return Blocks(split, pieces, rows, owner, heights, n)
+    return Blocks(pieces, rows, owner, heights, n)
 
 
 def on_rows_of_blocks(
     function: Function,
     stack: Tensor,
-    norms_of: Tensor,
+    sums: Tensor,
     blocks: Blocks,
     which: Sequence[int],
     number: Number,
@@ -81,7 +79,7 @@ def on_rows_of_blocks(
     Args:
         function: as in :func:`on_rows`, of stacks of rows chosen of logical matrices.
         stack: ``[N, height, n]``, what it works on.
-        norms_of: likewise, by whose row sums is chosen.
+        sums: ``[N, height]``, by which is chosen (:func:`row_sums`).
         blocks: of each of the N parameters.
         which: pieces whose rows are chosen; nothing is chosen of the others.
         number: rows to be chosen of a matrix.
@@ -91,7 +89,6 @@ def on_rows_of_blocks(
     Returns:
         The result of :func:`on_rows`, and the chosen rows ``[N, k]``, indices into those of the parameter.
     """
-    sums = row_sums(norms_of)
     taken = [(blocks.pieces[i], blocks.rows[i], number(blocks.pieces[i].m)) for i in which]
     chosen = []
     for piece, rows, k in taken:
@@ -122,43 +119,48 @@ def on_columns_of_blocks(
     blocks: Blocks,
     which: Sequence[int],
     number: Number,
+    *,
+    assemble: bool = False,
+    after: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Tensor]:
     """``function`` on whole matrices made of the columns of largest norm of each logical matrix, transposed.
 
     Args:
         function: of stacks ``[j, k, m]``.
-        stack, norms_of, blocks, which, number: as in :func:`on_rows_of_blocks`. Of ``stack``, columns that are sharded
-            are assembled.
+        stack, blocks, which, number, after: as in :func:`on_rows_of_blocks`. Of ``stack``, columns that are sharded are
+            assembled.
+        norms_of: likewise, by whose column sums is chosen.
+        assemble: bring the rows of all blocks together, not of these alone.
 
     Returns:
         ``[N, height, n]``, zero but for the chosen columns of the logical matrices, and which those are, as zeros and
         ones.
     """
-    storage = stack
-    stack = whole_dim(stack, 2)
-    sums = column_sums(norms_of, blocks.owner, blocks.heights)
-    taken = {index: number(blocks.n) for index in which}
-    most, matrices = max(taken.values()), len(blocks.heights)
-    chosen = sums.new_zeros(len(sums), matrices, most, dtype=torch.long)
-    valid = torch.zeros(matrices, most, dtype=torch.bool, device=sums.device)
-    for index, k in taken.items():
-        piece = blocks.pieces[index]
-        numbers = slice(piece.first, piece.first + piece.count)
-        own = largest_rows(sums[:, numbers].reshape(-1, blocks.n), k)
-        chosen[:, numbers, :k] = own.view(-1, piece.count, k)
-        valid[numbers, :k] = True
-    owner = own_rows(blocks.owner, stack)
-    columns, real = chosen[:, owner], valid[owner]
+    storage, k = stack, number(blocks.n)
+    stack, device = whole_dim(stack, 2), stack.device
+    pieces = {index: blocks.pieces[index] for index in which}
+    heights = [piece.m for piece in pieces.values() for _ in range(piece.count)]
+    matrices = [piece.first + one for piece in pieces.values() for one in range(piece.count)]
+    count, place = len(matrices), torch.tensor(matrices, device=device)
+    numbers = torch.full((len(blocks.heights),), count, device=device)
+    owner = numbers.scatter(0, place, torch.arange(count, device=device))[blocks.owner]
+    sums = column_sums(norms_of, owner, heights)
+    chosen = largest_rows(sums.flatten(0, 1), k).view(*sums.shape[:2], k)
+    here = own_rows(owner, stack)
+    columns, real = chosen[:, here.clamp(max=count - 1)], (here < count).unsqueeze(-1)
 
-    def on_pieces(whole: Tensor) -> Tensor:
-        made = []
-        for index, part in enumerate(blocks.split.split(whole)):
-            k = taken.get(index, 0)
-            result = part.new_zeros(part.shape)
-            if k:
-                result[..., :k] = function(part[..., :k].mT.contiguous()).mT
-            made.append(result)
-        return blocks.split.merge(made, whole.shape[1:])
+    every = assemble or len(pieces) == len(blocks.pieces)
+    of_these = torch.cat([blocks.rows[index].flatten() for index in which]).sort().values
+    rows = torch.arange(len(blocks.owner), device=device) if every else of_these
+    places = {index: torch.searchsorted(rows, blocks.rows[index].flatten()) for index in which}
+
+    def on_pieces(some: Tensor) -> Tensor:
+        result = torch.zeros_like(some)
+        for index, piece in pieces.items():
+            part = some[:, places[index]].view(len(some) * piece.count, piece.m, k)
+            made = function(part.mT.contiguous()).mT.to(result.dtype)
+            result[:, places[index]] = made.reshape(len(some), piece.count * piece.m, k)
+        return result
 
     def laid(local: Tensor) -> Tensor:
         if not isinstance(stack, DTensor):
@@ -167,7 +169,10 @@ def on_columns_of_blocks(
         return from_local(local, stack.device_mesh, stack.placements, shape)
 
     values = torch.where(real, local_of(stack).gather(2, columns), 0)
-    result = local_of(on_whole_matrices(on_pieces, laid(values)))
+    if every:
+        result = local_of(on_whole_matrices(on_pieces, laid(values)))
+    else:
+        result = local_of(on_rows(on_pieces, laid(values), rows.expand(len(values), -1), after=after))
     mask = torch.zeros_like(local_of(stack)).scatter_add(2, columns, real.expand_as(values).to(values.dtype))
     spread = torch.zeros_like(local_of(stack), dtype=result.dtype)
     spread = spread.scatter_add(2, columns, torch.where(real, result, 0))

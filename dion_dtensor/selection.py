@@ -77,23 +77,27 @@ def column_sums(stack: Tensor, owner: Tensor, heights: Sequence[int]) -> Tensor:
 
     Args:
         stack: ``[N, m, n]`` of parameters.
-        owner: ``[m]``, which of the matrices each row belongs to.
+        owner: ``[m]``, which of the matrices each row belongs to; their number for none.
         heights: rows of each matrix.
     """
     here, count = own_rows(owner, stack), len(heights)
     rooms = torch.tensor([_room(height) for height in heights], dtype=torch.float64, device=stack.device)
 
+    known = here.clamp(max=count - 1)
+
+    def zeros(values: Tensor) -> Tensor:
+        return values.new_zeros(values.shape[0], count + 1, values.shape[2])
+
     def largest(values: Tensor) -> Tensor:
-        each = values.new_zeros(values.shape[0], count, values.shape[2])
         rows = here.view(1, -1, 1).expand_as(values)
-        most = each.scatter_reduce(1, rows, values, "amax")
-        return across(_exponents(most), stack, "max", (1,), (count,))
+        most = zeros(values).scatter_reduce(1, rows, values, "amax")[:, :count]
+        return across(_exponents(most.contiguous()), stack, "max", (1,), (count,))
 
     def summed(values: Tensor) -> Tensor:
-        sums = values.new_zeros(values.shape[0], count, values.shape[2]).index_add(1, here, values)
+        sums = zeros(values).index_add(1, here, values)[:, :count]
         return across(sums, stack, "sum", (1,), (count,))
 
-    total = _sums(stack, largest, lambda found: found[:, here], summed, rooms[here].unsqueeze(-1))
+    total = _sums(stack, largest, lambda found: found[:, known], summed, rooms[known].unsqueeze(-1))
     if not isinstance(stack, DTensor):
         return total
     columns = algebra.of_only(stack.placements, (2,))

@@ -82,16 +82,21 @@ def _on_blocks(momentum: Tensor, split: Split, hyper: Hyper) -> tuple[Tensor, Te
     rounded = to_dtype(momentum, hyper.compute_dtype)
     tall = [index for index, piece in enumerate(blocks.pieces) if piece.m > piece.n]
     wide = [index for index, piece in enumerate(blocks.pieces) if piece.m <= piece.n]
+    assemble = hyper.path == "assemble"
     directions, decayed = [], momentum
+    # First, so that all collectives before the slices travel have an order.
+    sums = row_sums(momentum) if wide else None
     if tall:
-        direction, mask = on_columns_of_blocks(orthonormalize, rounded, momentum, blocks, tall, number)
+        direction, mask = on_columns_of_blocks(
+            *(orthonormalize, rounded, momentum, blocks, tall, number),
+            assemble=assemble,
+            after=[] if sums is None else [sums],
+        )
         directions.append(direction)
         decayed = scaled_where(decayed, mask, hyper.mu)
-    if wide:
+    if sums is not None:
         direction, chosen = on_rows_of_blocks(
-            *(orthonormalize, rounded, momentum, blocks, wide, number),
-            assemble=hyper.path == "assemble",
-            after=directions,
+            *(orthonormalize, rounded, sums, blocks, wide, number), assemble=assemble, after=directions
         )
         directions = [*directions, direction]
         decayed = scaled_rows(decayed, chosen, hyper.mu)

@@ -80,7 +80,7 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
         blocks = blocks_of(split, momentum)
         every = range(len(blocks.pieces))
         (direction, variance), chosen = on_rows_of_blocks(
-            normalized, rounded, momentum, blocks, every, number, variance, assemble=assemble
+            normalized, rounded, row_sums(momentum), blocks, every, number, variance, assemble=assemble
         )
     decayed = to_dtype(scaled_rows(momentum, chosen, hyper.mu), state.momentum.dtype)
     if across:
