@@ -158,7 +158,9 @@ def conformance_case(request: pytest.FixtureRequest) -> Callable[[], None]:
             pytest.skip(verdict.message)
         if verdict.status not in (PASS, ACCEPTABLE):
             again = f"run it alone: {_command(request.config, verdict)}"
-            pytest.fail(f"{verdict.status}: {verdict.message}\n{again}\n{verdict.details}", pytrace=False)
+            about = f"the case: {verdict.about}\n" if verdict.about else ""
+            said = f"{verdict.status}: {verdict.message}\n{about}{again}\n{verdict.details}"
+            pytest.fail(said, pytrace=False)
 
     return run
 

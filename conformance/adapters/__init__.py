@@ -27,6 +27,8 @@ DTYPES = ("float64", "float32", "bfloat16")
 
 ALGORITHMS = ("muon", "normuon", "dion", "orth_dion", "dion2", "dion3", "adamw", "lion", "orthonormalize")
 """The oracle's, and the orthonormalizer of L0."""
+STATES = ("momentum", "Q", "variance", "exp_avg", "exp_avg_sq", "step")
+"""Keys of the oracle's states."""
 FEATURES = (
     *("state", "cautious", "schedule:lr", "schedule:mu"),
     *("gradients:Partial", "shards:two-dims", "shards:one-dim"),
@@ -224,7 +226,7 @@ def checked_claims(adapter: Adapter, path: str) -> Capabilities:
         "levels": (claims.levels, LEVELS),
         "dtypes": (claims.dtypes, DTYPES),
         "features": (claims.features, FEATURES),
-        "states": (claims.states, None),
+        "states": (claims.states, ("*", *STATES)),
         **{f"algorithms[{name!r}]": (dialects, None) for name, dialects in claims.algorithms.items()},
     }
     for what, (values, known) in named.items():

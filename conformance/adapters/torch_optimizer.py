@@ -11,9 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from conformance.adapters import AdapterError, Arrays, Capabilities, Spec
+from conformance.adapters import STATES, AdapterError, Arrays, Capabilities, Spec
 
-STATES = ("momentum", "Q", "variance", "exp_avg", "exp_avg_sq", "step")
 HYPERS = (
     *(
         "lr",
@@ -33,6 +32,7 @@ HYPERS = (
 Named = Sequence[tuple[str, nn.Parameter]]
 Build = Callable[[Named, Spec], torch.optim.Optimizer]
 Orthonormalize = Callable[[Tensor, Mapping[str, Any]], Tensor]
+Key = str | tuple[str, Callable[[Tensor], Any]]
 
 
 def eagerly(function: Callable[..., Any] | None = None, **_: Any) -> Any:
@@ -46,7 +46,9 @@ class TorchOptimizerAdapter:
     Args:
         capabilities: what the port claims.
         build: `(named parameters, spec) -> optimizer`, from `spec.hyper`; the parameters may be DTensors.
-        state: by the oracle's key, the optimizer's key in `optimizer.state[parameter]`.
+        state: by the oracle's key, the optimizer's key in `optimizer.state[parameter]`; with a function where the
+            optimizer keeps it otherwise than as a tensor like the oracle's, and "step" otherwise than as an int, before
+            the first step: `{"step": ("step", torch.Tensor.float)}` for `torch.optim.AdamW`.
         hyper: by the oracle's name, the key (or keys, any of which) in `param_groups` of what may change by step.
         orthonormalize: `(matrix, hyper) -> matrix`, for L0; `hyper` holds polynomial, epsilon, epsilon_rule,
             norm_factor and compute_dtype.
@@ -60,7 +62,7 @@ class TorchOptimizerAdapter:
         capabilities: Capabilities,
         build: Build,
         *,
-        state: Mapping[str, str] | None = None,
+        state: Mapping[str, Key] | None = None,
         hyper: Mapping[str, str | tuple[str, ...]] | None = None,
         orthonormalize: Orthonormalize | None = None,
     ) -> None:
@@ -69,7 +71,9 @@ class TorchOptimizerAdapter:
                 if re.split("[./]", key)[0] not in known:
                     raise AdapterError(f"{what}: the oracle has no {key!r}; it has {', '.join(known)}")
         self._capabilities, self.build = capabilities, build
-        self.state_keys = dict(state or {})
+        pairs = {key: (one, None) if isinstance(one, str) else one for key, one in (state or {}).items()}
+        self.state_keys = {key: name for key, (name, _) in pairs.items()}
+        self._made = {key: made for key, (_, made) in pairs.items() if made is not None}
         given = {"lr": "lr", **(hyper or {})}
         self.hyper_keys = {name: (keys,) if isinstance(keys, str) else keys for name, keys in given.items()}
         self._orthonormalize = orthonormalize
@@ -110,7 +114,9 @@ class TorchOptimizerAdapter:
                 continue
             given = self._tensor(state[key])
             old = own.get(name)
-            if isinstance(old, Tensor):
+            if key in self._made:
+                own[name] = self._made[key](given)
+            elif isinstance(old, Tensor):
                 old.copy_(given.reshape(old.shape))
             elif isinstance(old, int) or (key == "step" and old is None):
                 own[name] = int(given)

@@ -24,8 +24,8 @@ from conformance.mutants.mutant import ORACLE, PRODUCTION, Mutant
 from conformance.port.execute import execute
 from conformance.port.grading import FAIL, grade
 from conformance.port.mesh_cases import MeshCase, claimed_hypers, mesh_cases
+from conformance.port.mesh_grading import grade as grade_values
 from conformance.port.mesh_program import _digest, checkpoint_folder, run_case
-from conformance.port.mesh_program import grade as grade_values
 from conformance.port.runner import Selection, jobs
 from conformance.port.watchdog import watched
 from conformance.vectors import VectorSet

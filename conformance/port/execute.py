@@ -87,7 +87,7 @@ def _steps(adapter: Any, case: Case, compute_dtype: str, outcome: Outcome) -> No
                 f"the new weight is {np.asarray(new[spec.name]).dtype}, the old one {weight.dtype}"
             )
         updates.append(after - weight.astype(np.float64))
-        weight = np.asarray(new[spec.name])
+        weight = np.array(new[spec.name])  # a copy: it may be the port's own buffer
     outcome.update = np.stack(updates)
     if hasattr(adapter, "canonical_state"):
         outcome.phase = "canonical_state"
@@ -102,7 +102,7 @@ def _call(function: Any, outcome: Outcome, phase: str, *arguments: Any) -> Any:
     Raises:
         TypeError: `function` cannot be called with these arguments; else whatever it raises.
     """
-    outcome.phase = "calling it"
+    outcome.phase = f"calling {phase}"
     with suppress(ValueError):  # no signature to be had
         inspect.signature(function).bind(*arguments)
     outcome.phase = phase

@@ -1,4 +1,4 @@
-"""What a failing port seems to do: another preset, one choice otherwise than the convention it claims, or bfloat16."""
+"""What a failing port seems to do: another preset, one choice otherwise than the convention it claims, or rounding."""
 
 from __future__ import annotations
 
@@ -18,6 +18,9 @@ ENOUGH = 0.9
 """Share of the cases that an explanation has to match."""
 SEVERAL = 3
 """Fewer cases tell no convention: too many agree on them."""
+ROUNDING = {"float32": 2.0**-26, "bfloat16": 2.0**-11}
+"""What a computation in the dtype is off by at least, in half of the cases: a quarter of its unit roundoff or so."""
+COARSER = {"float64": ("float32", "bfloat16"), "float32": ("bfloat16",), "bfloat16": ()}
 
 Done = Sequence[tuple[Case, Outcome]]
 Expected = tuple[NDArray[np.float64], float]
@@ -30,7 +33,8 @@ class Fit:
 
     Attributes:
         algorithm, claimed, dtype: of the cases.
-        explanation: a dialect, or the claimed one "with" another choice; empty if nothing explains it.
+        explanation: a dialect, or the claimed one "with" another choice; the claimed one itself where the updates are
+            its own; empty if nothing explains it.
         matching, compared: cases within tolerance, and all.
         error: the largest update error of those within tolerance.
         enough: the cases suffice to tell conventions from each other.
@@ -53,10 +57,15 @@ class Fit:
     def __str__(self) -> str:
         if not self.enough:
             cases = "case" if self.compared == 1 else "cases"
-            return f"{self.compared} {cases} cannot tell what it follows: run all of its L1 and L2"
+            return (
+                f"{self.compared} {cases} cannot tell what it follows: run all of its L1 and L2, and claim the "
+                "features 'state', 'schedule:lr' and 'schedule:mu' if it has them"
+            )
         if not self.explanation:
             return "no known convention matches, nor this one with one choice changed"
         which = "all" if self.matching == self.compared else f"{self.matching} of"
+        if self.explanation == self.claimed:
+            return f"the updates follow it, to {self.error:.0e} in {which} {self.compared} cases"
         return f"matches {self.explanation} to {self.error:.0e} in {which} {self.compared} cases"
 
 
@@ -114,10 +123,24 @@ def fits(
                 for text, change in changes(algorithm, [case for case, _ in done])
             ]
             better = _better(tried, own)
-        if not better and dtype != "bfloat16":
-            better = _better([fit(f"{claimed} computed in bfloat16", _own(dtype, "bfloat16"))], own)
+        for coarser in COARSER[dtype] if not better else ():
+            if not better and _rounded(done, coarser):
+                text = f"{claimed} but for the rounding of {coarser}, or for a mistake of that size,"
+                better = _better([fit(text, _own(dtype, coarser))], own)
+        if not better and own.share >= ENOUGH:
+            better = [own]
         found += better or [Fit(algorithm, claimed, dtype, "", 0, own.compared, 0.0)]
     return found
+
+
+def _rounded(done: Done, dtype: str) -> bool:
+    """Whether the updates are off by as much as a computation in the dtype leaves them."""
+    errors = [
+        error_of("update", one.update, case.expected["update"])
+        for case, one in done
+        if one.update is not None
+    ]
+    return bool(np.median(errors) >= ROUNDING[dtype])
 
 
 def _better(tried: Sequence[Fit], own: Fit) -> list[Fit]:
@@ -131,6 +154,11 @@ def _telling(cases: Sequence[Case], given: bool) -> bool:
     From zero, in one step, conventions of momentum give the same update.
     """
     return len(cases) >= SEVERAL and any(_warm(case) if given else case.steps > 1 for case in cases)
+
+
+def needs_momentum(case: Case) -> bool:
+    """True where a port without momentum gives another update: from a given state, or in several steps."""
+    return case.steps > 1 or _warm(case)
 
 
 def _warm(case: Case) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from conformance.adapters import STATES
 from conformance.port.execute import Outcome
 from conformance.vectors import Case
 
@@ -36,6 +37,8 @@ class Verdict:
         seconds: wall time.
         spectrum: by singular direction of the expected update, longest first: its length, and the error over it.
         details: a traceback.
+        about: what the case is for.
+        ungraded: keys of the state that the port could be held to, and gave nothing for.
     """
 
     case: str
@@ -50,6 +53,8 @@ class Verdict:
     seconds: float = 0.0
     spectrum: Spectrum = ()
     details: str = ""
+    about: str = ""
+    ungraded: tuple[str, ...] = ()
 
     @property
     def id(self) -> str:
@@ -91,7 +96,11 @@ def error_of(quantity: str, value: NDArray[Any], reference: NDArray[Any]) -> flo
 
 def blank(case: Case, dtype: str, status: str, message: str) -> Verdict:
     """A verdict without a measurement."""
-    return Verdict(case.id, case.level, case.algorithm, case.dialect, dtype, status, message=message)
+    return Verdict(
+        *(case.id, case.level, case.algorithm, case.dialect, dtype, status),
+        message=message,
+        about=case.comment,
+    )
 
 
 def grade(case: Case, dtype: str, outcome: Outcome, states: tuple[str, ...] = ("*",)) -> Verdict:
@@ -108,8 +117,14 @@ def grade(case: Case, dtype: str, outcome: Outcome, states: tuple[str, ...] = ("
         return _grade_refusal(case, outcome, base)
     if outcome.raised is not None or outcome.update is None:
         return base.with_status(ERROR, f"{outcome.phase} raised {outcome.raised}")
-    tolerance = case.tolerance[dtype] or {}
+    if unknown := sorted({key.split("/")[0] for key in outcome.states} - set(STATES)):
+        said = (
+            f"canonical_state gave {', '.join(map(repr, unknown))}; the oracle's keys are {', '.join(STATES)}"
+        )
+        return base.with_status(ERROR, said)
+    tolerance, ungraded = case.tolerance[dtype] or {}, []
     errors: dict[str, tuple[float, float | None]] = {}
+    shapes: dict[str, str] = {}
     for quantity, reference in case.expected.items():
         key = quantity.removeprefix("state/")
         if quantity == "update":
@@ -120,11 +135,22 @@ def grade(case: Case, dtype: str, outcome: Outcome, states: tuple[str, ...] = ("
                 if _fits(outcome.states[key], reference)
                 else None
             )
+            if value is None:
+                shapes[quantity] = (
+                    f"{key} has shape {list(outcome.states[key].shape)}, not {list(reference.shape)}"
+                )
             error = math.inf if value is None else error_of(quantity, value, reference)
             errors[quantity] = (error, tolerance.get(quantity))
         elif "*" not in states and key.split("/")[0] in states:
             errors[quantity] = (math.inf, tolerance.get(quantity))
-    base = replace(base, errors=errors, spectrum=spectrum(outcome.update, case.expected["update"]))
+        else:
+            ungraded.append(key.split("/")[0])
+    base = replace(
+        base,
+        errors=errors,
+        spectrum=spectrum(outcome.update, case.expected["update"]),
+        ungraded=tuple(dict.fromkeys(ungraded)),
+    )
     if not np.isfinite(outcome.update).all():
         return base.with_status(FAIL, "the new weight has NaN or infinite values")
     wrong = {name: pair for name, pair in errors.items() if pair[1] is not None and not pair[0] <= pair[1]}
@@ -133,7 +159,12 @@ def grade(case: Case, dtype: str, outcome: Outcome, states: tuple[str, ...] = ("
             allowed = errors["update"][1]
             if allowed is not None and error_of("update", outcome.update, other) <= allowed:
                 return base.with_status(ACCEPTABLE, note)
-        return base.with_status(FAIL, "; ".join(_words(name, *pair) for name, pair in wrong.items()))
+        if (
+            case.acceptable and errors["update"][1] is None
+        ):  # states alone are off, as another right update has them
+            return base.with_status(UNDECIDED, f"{dtype} cannot tell this from what is acceptable")
+        words = [shapes.get(name) or _words(name, *pair) for name, pair in wrong.items()]
+        return base.with_status(FAIL, "; ".join(words))
     if errors["update"][1] is None:
         return base.with_status(UNDECIDED, f"{dtype} decides nothing here: a right port may be off by half")
     return base
@@ -158,7 +189,8 @@ def _grade_refusal(case: Case, outcome: Outcome, base: Verdict) -> Verdict:
     for note, other in case.acceptable:
         if np.isnan(other).any() and np.isnan(outcome.update).any():
             return base.with_status(ACCEPTABLE, note)
-    return base.with_status(FAIL, "a NaN in the gradient became a finite update, without an error")
+    became = "a finite update" if np.isfinite(outcome.update).all() else "an infinite one"
+    return base.with_status(FAIL, f"a NaN in the gradient became {became}, without an error")
 
 
 def spectrum(update: NDArray[Any], reference: NDArray[Any]) -> Spectrum:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
-import math
 import tempfile
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +23,12 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from torch.utils._pytree import tree_map
 
 from conformance.adapters import Spec, find
-from conformance.adapters.oracle import make_hyper
 from conformance.launch import Rank
-from conformance.port.grading import Spectrum, spectrum
-from conformance.port.mesh_cases import RESUME_AFTER, SHAPES, STEPS, Layout, MeshCase
+from conformance.port.grading import Spectrum
+from conformance.port.mesh_cases import RESUME_AFTER, STEPS, Layout, MeshCase
+from conformance.port.mesh_grading import Values, beyond, grade, name_of, problems_of, worst_spectrum
 from conformance.port.watchdog import watched
 from conformance.process_groups import shared_group, shared_mesh
-from conformance.vectors import oracle, tolerance
-from conformance.vectors.plans import Plan
-from dion_ref import ALGORITHMS
-
-Values = dict[str, Tensor]
-"""By "<parameter>/update" or "<parameter>/<state key>"."""
 
 
 @dataclass(frozen=True)
@@ -87,6 +79,7 @@ class Finished:
         digest: SHA-256 of all results, to compare backends.
         values: by quantity of each parameter, the whole tensor.
         spectrum: of the update of the parameter that uses most of its tolerance.
+        off: by quantity, the parameters beyond their tolerance, in words.
     """
 
     index: int
@@ -96,6 +89,7 @@ class Finished:
     seconds: float
     values: Mapping[str, Any]
     spectrum: Spectrum = ()
+    off: Mapping[str, str] = field(default_factory=dict)
 
 
 def program(rank: Rank, work: Work) -> None:
@@ -126,12 +120,13 @@ def program(rank: Rank, work: Work) -> None:
             numbers = {name: value.double().cpu().numpy() for name, value in values.items()}
             seconds = time.perf_counter() - began
             along = worst_spectrum(case, dtype, values)
-            rank.emit(Finished(index, errors, problem, _digest(values), seconds, numbers, along))
+            off = beyond(case, dtype, values)
+            rank.emit(Finished(index, errors, problem, _digest(values), seconds, numbers, along, off))
 
 
 def run_case(adapter: Any, case: MeshCase, dtype: str, rank: Rank, folder: str) -> Values | None:
     """Whole weights' updates and states after the last step; None on ranks outside of the mesh."""
-    problems = _problems(case)
+    problems = problems_of(case)
     meshes = [build_mesh(one, rank.device.type) for one in (case.layout, case.resume) if one is not None]
     groups = [_group_of(mesh, one) for mesh, one in zip(meshes, (case.layout, case.resume), strict=False)]
     spec = _spec(case, dtype)
@@ -277,102 +272,9 @@ def unaveraged(grad: Tensor, layout: Layout) -> Tensor:
     return DTensor.from_local(local, mesh, laid, run_check=False, shape=grad.shape, stride=grad.stride())
 
 
-@dataclass(frozen=True)
-class _Problem:
-    """One parameter: its plan and inputs."""
-
-    plan: Plan
-    drawn: Mapping[str, Tensor]
-
-
-def _name(index: int) -> str:
-    return f"blocks_{index}_weight"
-
-
 def _spec(case: MeshCase, dtype: str) -> Spec:
     storage = "float64" if dtype == "float64" else "float32"
-    return Spec(_name(0), (), storage, dtype, case.algorithm, case.dialect, None, case.hyper, {}, {})
-
-
-def _problems(case: MeshCase) -> dict[str, _Problem]:
-    every = _cached_problems(case.algorithm, case.dialect, make_hyper(case.algorithm, case.hyper))
-    return {_name(index): every[_name(index)] for index in case.shapes}
-
-
-@functools.cache
-def _cached_problems(algorithm: str, dialect: str, hyper: Any) -> dict[str, _Problem]:
-    found = {}
-    for index, shape in enumerate(SHAPES):
-        plan = Plan("L2", algorithm, dialect, f"mesh-{index}", shape, hyper, "", (), steps=STEPS)
-        drawn = oracle.draw(plan)
-        for key in ("weight", "grads"):  # parameters of one shape get values of their own
-            drawn[key] = drawn[key] * (1 + index / 4)
-        if index == 1:
-            drawn["grads"][:, -4:] = 0  # at the end of the rows, so that a rank has nothing but zeros
-        weight = drawn["weight"]
-        initial = oracle.canonical(ALGORITHMS[algorithm].init(weight, hyper, name=_name(index)), plan)
-        drawn |= {f"state/{key}": value for key, value in initial.items()}
-        found[_name(index)] = _Problem(plan, drawn)
-    return found
-
-
-@functools.cache
-def _expected(algorithm: str, dialect: str, hyper: Any) -> dict[str, tuple[Values, dict[str, Any]]]:
-    """By parameter: what the oracle gives, and the tolerances by dtype and quantity."""
-    found = {}
-    for name, problem in _cached_problems(algorithm, dialect, hyper).items():
-        each = oracle.run(problem.plan, problem.drawn)
-        allowed = tolerance.tolerances(problem.plan, problem.drawn, each)
-        each["update"] = each["update"].sum(0, keepdim=True)
-        found[name] = each, allowed
-    return found
-
-
-def grade(case: MeshCase, dtype: str, values: Values) -> dict[str, tuple[float, float | None]]:
-    """By quantity, error and tolerance of the parameter that uses most of its tolerance."""
-    worst: dict[str, _Measured] = {}
-    for one in _measured(case, dtype, values):
-        if one.quantity not in worst or _share(one.pair) > _share(worst[one.quantity].pair):
-            worst[one.quantity] = one
-    return {quantity: one.pair for quantity, one in worst.items()}
-
-
-def worst_spectrum(case: MeshCase, dtype: str, values: Values) -> Spectrum:
-    """The spectrum of the update that uses most of its tolerance; empty if that is no matrix."""
-    updates = [one for one in _measured(case, dtype, values) if one.quantity == "update"]
-    worst = max(updates, key=lambda one: _share(one.pair), default=None)
-    if worst is None or worst.found.ndim != 3:  # the first dim is that of steps
-        return ()
-    return spectrum(worst.found.numpy(), worst.expected.numpy())
-
-
-@dataclass(frozen=True)
-class _Measured:
-    """One quantity of one parameter: what was found and expected, and its error and tolerance."""
-
-    quantity: str
-    found: Tensor
-    expected: Tensor
-    pair: tuple[float, float | None]
-
-
-def _measured(case: MeshCase, dtype: str, values: Values) -> Iterator[_Measured]:
-    reference = _expected(case.algorithm, case.dialect, make_hyper(case.algorithm, case.hyper))
-    for name, value in values.items():
-        parameter, _, key = name.partition("/")
-        quantity = key if key == "update" else f"state/{key}"
-        expected, allowed = reference[parameter]
-        found = value.double().cpu()
-        found = found.unsqueeze(0) if key == "update" else found
-        pair = (tolerance.error(quantity, found, expected[quantity]), allowed[dtype][quantity])
-        yield _Measured(quantity, found, expected[quantity], pair)
-
-
-def _share(pair: tuple[float, float | None]) -> float:
-    error, allowed = pair
-    if allowed and not math.isfinite(error):
-        return math.inf  # NaN, too, comes before every number
-    return error / allowed if allowed else 0.0
+    return Spec(name_of(0), (), storage, dtype, case.algorithm, case.dialect, None, case.hyper, {}, {})
 
 
 def checkpoint_folder() -> str:

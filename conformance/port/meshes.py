@@ -211,6 +211,7 @@ def graded(job: Job, finished: Finished) -> Verdict:
     )
     wrong = [
         f"{name.removeprefix('state/')} is off by {error:.2g}, allowed {allowed:.2g}"
+        + (f", {finished.off[name]}" if name in finished.off else "")
         for name, (error, allowed) in finished.errors.items()
         if allowed is not None and not (math.isfinite(error) and error <= allowed)
     ]

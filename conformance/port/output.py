@@ -44,6 +44,10 @@ ROOM = (
     "bfloat16 leaves room: what changes an update by less than 1 to 50 % passes. "
     "If the port can compute in float32, claim that as well."
 )
+NO_MOMENTUM = (
+    "no case with momentum was run, so a port without any would pass: "
+    "claim the feature 'state', 'schedule:lr' or 'schedule:mu'"
+)
 
 
 def command_of(run: Run, adapter: str, verdict: Verdict) -> str:
@@ -119,6 +123,8 @@ def not_claimed(run: Run) -> str:
         )
         listed = named.setdefault(kind, [])
         listed += [one for one in what.split(", ") if one not in listed]
+    if states := dict.fromkeys(key for one in run.verdicts for key in one.ungraded):
+        named["states"] = list(states)
     if not named:
         return "everything selected is claimed" if run.only else "everything is claimed"
     parts = [
@@ -142,6 +148,8 @@ def show(
     bad = alike([one for one in run.verdicts if one.status in BAD])
     for one, others in bad[:limit]:
         console.print(f"{one.status}: {one.id} on {one.layout}: {one.message}", style="red", **_PLAIN)
+        if one.about:
+            console.print(f"    the case: {one.about}", **_PLAIN)
         if others:
             console.print(f"    and {len(others)} more like it, such as {others[0].id}", **_PLAIN)
         console.print(f"    {command_of(run, adapter, one)}", **_PLAIN)
@@ -155,6 +163,8 @@ def show(
         more = f" and {len(others)} more" if others else ""
         console.print(f"{one.status}: {one.id}{more}: {one.message}", **_PLAIN)
     console.print(not_claimed(run), **_PLAIN)
+    for what in run.without_momentum:
+        console.print(f"{what}: {NO_MOMENTUM}", **_PLAIN)
     if run.passed and {one.dtype for one in run.verdicts if one.status == PASS} == {"bfloat16"}:
         console.print(ROOM, **_PLAIN)
     console.print(summary(run, seconds), **_PLAIN)
@@ -209,6 +219,7 @@ def as_json(run: Run, about: dict[str, str], adapter: str) -> dict[str, Any]:
                 "layout": one.layout,
                 "status": one.status,
                 "message": one.message,
+                "about": one.about,
                 "errors": {name: [number(error), allowed] for name, (error, allowed) in one.errors.items()},
                 "seconds": round(one.seconds, 4),
                 **({"command": command_of(run, adapter, one)} if one.status in BAD else {}),
@@ -237,7 +248,12 @@ def as_junit(run: Run, adapter: str) -> bytes:
             kind = "error" if one.status == ERROR else "failure"
             counts["errors" if one.status == ERROR else "failures"] += 1
             element = ElementTree.SubElement(case, kind, message=_printable(one.message))
-            element.text = _printable(f"{command_of(run, adapter, one)}\n{one.details}")
+            text = [
+                command_of(run, adapter, one),
+                *([f"the case: {one.about}"] if one.about else []),
+                one.details,
+            ]
+            element.text = _printable("\n".join(text))
         elif one.status not in (PASS, ACCEPTABLE):
             counts["skipped"] += 1
             ElementTree.SubElement(case, "skipped", message=_printable(f"{one.status}: {one.message}"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from conformance.adapters import Adapter, Capabilities
 from conformance.port.execute import Outcome, execute
-from conformance.port.fit import Fit, fits
+from conformance.port.fit import Fit, fits, needs_momentum
 from conformance.port.grading import (
     ACCEPTABLE,
     BAD,
@@ -77,6 +77,7 @@ class Run:
         outcomes: by (case, dtype), of what was run on one device.
         fits: conventions that explain failures.
         levels, only: levels and patterns that were asked for.
+        without_momentum: what was run on cases alone to which momentum makes no difference.
         command, options: what runs a case again as it was run: "port" or "meshes", and its further options.
         xfail: the option that names the file of known failures, for the cases that passed in spite of it.
     """
@@ -85,6 +86,7 @@ class Run:
     verdicts: list[Verdict] = field(default_factory=list)
     outcomes: dict[tuple[str, str], Outcome] = field(default_factory=dict)
     fits: list[Fit] = field(default_factory=list)
+    without_momentum: list[str] = field(default_factory=list)
     levels: tuple[str, ...] = ()
     only: tuple[str, ...] = ()
     command: str = "port"
@@ -166,7 +168,23 @@ def run_vectors(
         if worker is not None:
             worker.close()
     failed: Sequence[tuple[str, str]] = [
-        (one.case, one.dtype) for one in run.verdicts if one.status == FAIL and one.level in ("L1", "L2")
+        (one.case, one.dtype)
+        for one in run.verdicts
+        if one.status == FAIL and one.level in ("L1", "L2") and vectors[one.case].result == "valid"
     ]
+    if not selection.only:
+        run.without_momentum = _without_momentum(run, vectors)
     run.fits = fits(vectors, run.outcomes, failed, given="state" in port.features)
     return run
+
+
+def _without_momentum(run: Run, vectors: VectorSet) -> list[str]:
+    """Algorithms and dialects of which L1 or L2 was run, but no case that a port without momentum would fail."""
+    ran = [
+        vectors[case]
+        for case, _ in run.outcomes
+        if vectors[case].level != "L0" and vectors[case].result == "valid"
+    ]
+    kinds = dict.fromkeys((case.algorithm, case.dialect) for case in ran)
+    told = {(case.algorithm, case.dialect) for case in ran if needs_momentum(case)}
+    return [f"{algorithm} ({dialect})" for algorithm, dialect in kinds if (algorithm, dialect) not in told]

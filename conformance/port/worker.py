@@ -87,7 +87,9 @@ class Worker:
         try:
             if not self._channel.poll(seconds):
                 self.close()
-                raise AdapterError(f"{self.adapter!r}: TimeoutError: not imported in {seconds:g} s")
+                raise AdapterError(
+                    f"{self.adapter!r}: TimeoutError: not imported in {seconds:g} s; see --timeout"
+                )
             said = pickle.loads(self._channel.recv_bytes())
         except (EOFError, OSError):
             raise AdapterError(f"{self.adapter!r}: importing it, {self._ending()}") from None

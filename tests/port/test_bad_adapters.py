@@ -57,6 +57,7 @@ def test_relative_paths_and_libraries_that_are_missing(monkeypatch: pytest.Monke
         ({"algorithms": {"mouon": ("*",)}}, "has 'mouon'; known are muon, "),
         ({"levels": "L1"}, "levels must be a tuple"),
         ({"levels": ("L9",)}, "has 'L9'; known are L0"),
+        ({"states": ("momentun",)}, "has 'momentun'; known are \\*, momentum"),
         ({"dtypes": ("float16",)}, "has 'float16'; known are float64"),
         ({"features": ("split:Row",)}, "has 'split:Row'; known are state"),
         ({"states": "*"}, "states must be a tuple"),

@@ -12,7 +12,7 @@ import torch
 from conformance.adapters import Capabilities
 from conformance.adapters.oracle import make_hyper
 from conformance.mutants.gathering import GatheringAdapter
-from conformance.port import mesh_program
+from conformance.port import mesh_grading
 from conformance.port.execute import Outcome
 from conformance.port.grading import ERROR, FAIL, PASS, Verdict, grade, relative_error, spectrum
 from conformance.port.mesh_cases import MeshCase, claimed_hypers, mesh_cases
@@ -104,7 +104,7 @@ def test_failures_on_meshes_are_drawn() -> None:
 def mesh_values(case: MeshCase) -> dict[str, torch.Tensor]:
     """What the oracle gives."""
     hyper = make_hyper(case.algorithm, case.hyper)
-    expected = mesh_program._expected(case.algorithm, case.dialect, hyper)
+    expected = mesh_grading._expected(case.algorithm, case.dialect, hyper)
     return {f"{name}/update": each["update"][0].clone() for name, (each, _) in expected.items()}
 
 
@@ -113,8 +113,10 @@ def test_the_parameter_that_uses_most_of_its_tolerance_is_drawn_and_nan_uses_mos
     case = next(one for one in mesh_cases(claimed_hypers(claims, load()), ("L4",)) if one.algorithm == "muon")
     values = mesh_values(case)
     values["blocks_7_weight/update"] *= 1.25
-    along = mesh_program.worst_spectrum(case, "float64", values)
+    along = mesh_grading.worst_spectrum(case, "float64", values)
     assert [error for error, _ in points(along)] == pytest.approx([0.25] * 8)
+    (said,) = mesh_grading.beyond(case, "float64", values).values()
+    assert said == "in 1 of 9 parameters: blocks_7_weight [16, 8]"
     values["blocks_3_weight/update"][0, 0] = float("nan")
-    assert not np.isfinite(mesh_program.grade(case, "float64", values)["update"][0])
-    assert mesh_program.worst_spectrum(case, "float64", values) == ()
+    assert not np.isfinite(mesh_grading.grade(case, "float64", values)["update"][0])
+    assert mesh_grading.worst_spectrum(case, "float64", values) == ()

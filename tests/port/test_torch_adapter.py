@@ -10,7 +10,7 @@ import torch
 
 from conformance.adapters import AdapterError, Capabilities, Spec, use_device
 from conformance.adapters.torch_optimizer import TorchOptimizerAdapter
-from conformance.port.grading import ERROR
+from conformance.port.grading import ERROR, PASS
 from conformance.port.runner import Selection, run_vectors
 from conformance.vectors import load
 
@@ -90,3 +90,23 @@ def test_a_build_that_forgets_to_return() -> None:
     adapter = TorchOptimizerAdapter(Capabilities("plain", {}), lambda *_: None)  # type: ignore[arg-type,return-value]
     with pytest.raises(TypeError, match="build must return the optimizer, not NoneType"):
         adapter.init(SPEC, {SPEC.name: np.zeros((2, 3))})
+
+
+def test_a_state_that_is_kept_otherwise_is_made_by_a_function() -> None:
+    """torch.optim.AdamW counts its steps in a tensor, and has no state before the first."""
+
+    def build(params: Any, spec: Spec) -> torch.optim.Optimizer:
+        hyper = {
+            "lr": spec.hyper["lr"],
+            "weight_decay": spec.hyper["weight_decay"],
+            "eps": spec.hyper["epsilon"],
+        }
+        return torch.optim.AdamW([p for _, p in params], betas=tuple(spec.hyper["betas"]), **hyper)
+
+    claims = Capabilities("plain", {"adamw": ("dion",)}, dtypes=("float64",), features=("state",))
+    state: dict[str, Any] = {"exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq", "step": "step"}
+    for step, right in ((("step", torch.Tensor.float), True), ("step", False)):
+        adapter = TorchOptimizerAdapter(claims, build, state={**state, "step": step})
+        run = run_vectors(adapter, claims, load(), Selection(("L1",), (), ("L1/adamw/dion/*warm",)))
+        assert run.verdicts
+        assert all((one.status == PASS) == right for one in run.verdicts)

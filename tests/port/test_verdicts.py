@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 
-from conformance.adapters import find
+from conformance.adapters import Arrays, Capabilities, find
+from conformance.adapters.oracle import OracleAdapter
 from conformance.port.grading import ACCEPTABLE, ERROR, FAIL, PASS, UNCLAIMED, UNDECIDED
-from conformance.port.output import rows
+from conformance.port.output import not_claimed, rows
 from conformance.port.runner import Run, Selection, run_vectors
 from conformance.vectors import VectorSet, load
 
@@ -145,6 +149,8 @@ def test_a_tie_broken_otherwise_is_acceptable_with_its_note(vectors: VectorSet) 
         found = run(
             "perfect", vectors, "L1/dion?/dion/9x12-tied", "L1/dion?/dion/24x8-warm", dtypes=("float64",)
         )
+        rounded = run("perfect", vectors, "L1/dion?/dion/9x12-tied", dtypes=("bfloat16",))
+    assert rounded.count(ACCEPTABLE, UNDECIDED) == len(rounded.verdicts) == 2
     assert Counter(one.status for one in found.verdicts) == {ACCEPTABLE: 2, PASS: 2}
     assert "equal slices" in next(one.message for one in found.verdicts if one.status == ACCEPTABLE)
 
@@ -164,6 +170,65 @@ def test_a_finite_update_from_a_nan_fails(vectors: VectorSet) -> None:
     found = run("idle", vectors, "L1/muon/dion/8x8-nan", dtypes=("float32",))
     assert found.verdicts[0].status == FAIL
     assert "without an error" in found.verdicts[0].message
+
+
+class Odd(OracleAdapter):
+    """The oracle, whose result or state an adapter hands on otherwise."""
+
+    def __init__(self, how: str, **claims: Any) -> None:
+        self.how, self.claims, self.own = how, claims, np.zeros(0)
+
+    def capabilities(self) -> Capabilities:
+        return replace(super().capabilities(), **self.claims)
+
+    def step(self, params: Arrays, grads: Arrays, state: Any, hyper: Mapping[str, Any]) -> tuple[Arrays, Any]:
+        new, state = super().step(params, grads, state, hyper)
+        ((name, weight),) = new.items()
+        if self.own.shape != weight.shape:
+            self.own = np.zeros_like(weight)
+        self.own[...] = weight
+        return {name: self.own if self.how == "its own buffer" else weight}, state
+
+    def canonical_state(self, state: Any) -> Arrays:
+        found = dict(super().canonical_state(state))
+        if self.how == "unknown key":
+            found["momentum_buffer"] = found.pop("momentum")
+        if self.how == "no states":
+            return {}
+        if self.how == "wrong shape":
+            found["momentum"] = found["momentum"][:1]
+        return found
+
+
+def run_odd(how: str, vectors: VectorSet, *only: str, dtype: str = "float64", **claims: Any) -> Run:
+    adapter = Odd(how, **claims)
+    return run_vectors(adapter, adapter.capabilities(), vectors, Selection(LEVELS, (dtype,), only))
+
+
+def test_a_port_may_return_a_buffer_that_it_writes_again(vectors: VectorSet) -> None:
+    found = run_odd("its own buffer", vectors, "L2/muon/dion/13x10-10*")
+    assert found.count(PASS) == len(found.verdicts) == 2
+
+
+def test_states_are_graded_or_said_not_to_be(vectors: VectorSet) -> None:
+    one = "L1/muon/dion/13x10-warm"
+    (unknown,) = run_odd("unknown key", vectors, one).verdicts
+    assert unknown.status == ERROR
+    assert unknown.message == (
+        "canonical_state gave 'momentum_buffer'; the oracle's keys are "
+        "momentum, Q, variance, exp_avg, exp_avg_sq, step"
+    )
+    (shape,) = run_odd("wrong shape", vectors, one).verdicts
+    assert (shape.status, shape.message) == (FAIL, "momentum has shape [1, 10], not [13, 10]")
+    nothing = run_odd("no states", vectors, one)
+    assert nothing.passed
+    assert not_claimed(nothing) == "not claimed: states momentum"
+
+
+def test_a_run_to_which_momentum_makes_no_difference_says_so(vectors: VectorSet) -> None:
+    fresh = {"algorithms": {"muon": ("dion",)}, "levels": ("L1", "L2")}
+    assert run_odd("", vectors, **fresh, features=()).without_momentum == ["muon (dion)"]
+    assert run_odd("", vectors, **fresh, features=("schedule:lr",)).without_momentum == []
 
 
 @pytest.mark.parametrize(
