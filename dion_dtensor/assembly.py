@@ -222,7 +222,10 @@ def across(
 
 def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:
     """The elementwise maximum of each rank's plain ``values`` over all ranks of ``mesh``, the same on every rank."""
-    return DTensor.from_local(values, mesh, [Partial("max")] * mesh.ndim, run_check=False).full_tensor()
+    for axis in range(mesh.ndim):  # one by one: torch warns of reductions over several
+        pending = [Partial("max") if other == axis else Replicate() for other in range(mesh.ndim)]
+        values = DTensor.from_local(values, mesh, pending, run_check=False).full_tensor()
+    return values
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -17,16 +17,17 @@ from dion_dtensor.members import Member
 
 __all__ = ["agreed", "checked_gradients"]
 
-MISSING, FINE, PARTIAL, NOT_FINITE, MISLAID, SPARSE, MOVED = range(7)
+MISSING, FINE, PARTIAL, WHOLE, NOT_FINITE, MISLAID, SPARSE, MOVED = range(8)
 
 
 def checked_gradients(
-    buckets: Sequence[Bucket], validate: bool, averaged: bool
+    buckets: Sequence[Bucket], members: Sequence[Member], validate: bool, averaged: bool
 ) -> list[tuple[Bucket, list[Member], list[Tensor], tuple[int, ...]]]:
     """The members of each bucket that have a gradient, their local gradients, and axes still to be averaged over.
 
     Args:
         buckets: of the optimizer.
+        members: those that its groups hold now.
         averaged: whether gradients are averages over the axes that their parameters do not know.
         validate: let all ranks of all meshes agree first; otherwise the gradients are taken as they are.
 
@@ -34,21 +35,21 @@ def checked_gradients(
         RuntimeError: on all ranks alike, naming each unfit gradient's parameter and what is wrong.
     """
     if validate:
-        problems = _problems([member for bucket in buckets for member in bucket.members])
+        problems = _problems(members)
         if problems:
             raise RuntimeError("no parameter was changed by this step:\n" + "\n".join(problems))
-    work = []
+    work, held = [], set(map(id, members))
     for bucket in buckets:
-        members = [member for member in bucket.members if member.parameter.grad is not None]
-        laid = [_laid(member, averaged) for member in members]
+        given = [one for one in bucket.members if one.parameter.grad is not None and id(one) in held]
+        laid = [_laid(member, averaged) for member in given]
         may_wait = bool(bucket.rule.pending_states)
         axes = {axis for grad in laid for axis in _pending(grad)} if may_wait else set()
         grads = [
             _local(grad, member.layout.partial(_pending(grad) if may_wait else ()))
-            for grad, member in zip(laid, members, strict=True)
+            for grad, member in zip(laid, given, strict=True)
         ]
-        if members:
-            work.append((bucket, members, grads, tuple(axes)))
+        if given:
+            work.append((bucket, given, grads, tuple(axes)))
     return work
 
 
@@ -108,7 +109,7 @@ def _problems(members: Sequence[Member]) -> list[str]:
         elif low == MISSING != high:
             texts.append(f"{where} is missing on some ranks only; set it to zeros there, or to None on all")
         elif low != high:
-            texts.append(f"{where} is Partial on some ranks only; redistribute it")
+            texts.append(f"{where} is Partial or replicated on some ranks only; redistribute it")
     return texts
 
 
@@ -147,7 +148,7 @@ def _codes(members: Sequence[Member]) -> list[int]:
     codes = [_layout_code(member) for member in members]
     alike: dict[tuple[torch.dtype, torch.device], list[int]] = {}
     for index, member in enumerate(members):
-        if codes[index] in (FINE, PARTIAL):
+        if codes[index] in (FINE, PARTIAL, WHOLE):
             grad = member.parameter.grad
             assert grad is not None
             alike.setdefault((grad.dtype, grad.device), []).append(index)
@@ -184,7 +185,11 @@ def _layout_code(member: Member) -> int:
     own = member.parameter
     now = StorageLayout.of(own)
     hidden = len(layout.placements) - len(now.placements)
-    if now.shape != layout.shape or now.dtype != layout.dtype or now.placements != layout.placements[hidden:]:
+    if (now.shape, now.dtype, now.device) != (
+        layout.shape,
+        layout.dtype,
+        layout.device,
+    ) or now.placements != layout.placements[hidden:]:
         return MOVED
     if now.mesh is not None and not _same_ranks(now.mesh, layout, hidden):
         return MOVED
@@ -201,7 +206,9 @@ def _layout_code(member: Member) -> int:
         if has_partial(grad.placements):
             return PARTIAL
         if grad.placements != own.placements:
-            return MISLAID
+            # A row-wise embedding gets a replicated gradient from torch's tensor parallelism: shards are taken of it.
+            pairs = zip(grad.placements, own.placements, strict=True)
+            return WHOLE if all(one in (Replicate(), other) for one, other in pairs) else MISLAID
     return FINE
 
 

@@ -24,7 +24,8 @@ TABLE = re.compile(r"(^|_)(pos|position|positional|token|tokens|embed|embedding|
 NO_MATRIX = re.compile(r"(^|_)(bias|log)$")
 CONVOLUTION, IN_BY_OUT = "convolution", "stored as [in, out]"
 NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
-EXPECTED = ("embedding", "output head", "excluded", NO_STACK, BY_NAME)
+MAGNITUDES, EMPTY = "magnitudes of a weight norm", "empty"
+EXPECTED = ("embedding", "output head", "excluded", NO_STACK, BY_NAME, MAGNITUDES, EMPTY)
 
 
 def param_groups(
@@ -33,9 +34,10 @@ def param_groups(
     scalar: str = "adamw",
     lr: float | Tensor | None = None,
     scalar_lr: float | Tensor | None = 3e-4,
-    exclude: Sequence[str] = (),
+    exclude: str | Sequence[str] = (),
     split: Mapping[str, Split | str | Sequence[int]] | None = None,
     heads: Mapping[str, int] | None = None,
+    missing_ok: bool = False,
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters: matrices to ``algorithm``, everything else to ``scalar``.
 
@@ -60,26 +62,29 @@ def param_groups(
             ``(q, k, v)``, or a split or its text (see :mod:`dion_dtensor.matrices`); rows are those of the logical
             matrix, also of a ``Conv1D``.
         heads: by regular expression, into how many equal blocks of rows a weight is cut.
+        missing_ok: let pass patterns that match no parameter, as of one configuration for all stages of a pipeline.
 
     Returns:
         Groups of ``(name, parameter)`` pairs with ``algorithm``, ``lr``, ``split`` and ``reasons`` (by name).
 
     Raises:
-        ValueError: an unknown rule, a pattern that matches no parameter or two that match one, or two parameters whose
-            names differ by wrappers only.
+        ValueError: an unknown rule, a model wrapped by FullyShardedDataParallel (FSDP1), a pattern that matches no
+            parameter or two that match one, or two parameters whose names differ by wrappers only.
     """
     for argument, name in (("algorithm", algorithm), ("scalar", scalar)):
         if name not in RULES:
             raise ValueError(f"{argument}={name!r} is unknown; choose from {sorted(RULES)}")
     if not RULES[scalar].elementwise:
         raise ValueError(f"scalar={scalar!r} takes matrices only; choose an elementwise rule")
+    exclude = (exclude,) if isinstance(exclude, str) else exclude
+    _refuse_fsdp1(model)
     every = _plain_names(model)
     splits = {pattern: parse_split(how) for pattern, how in (split or {}).items()}
     splits |= {pattern: Heads(count) for pattern, count in (heads or {}).items()}
     aliases = _aliases(model)
     for argument, patterns in (("exclude", exclude), ("split", split or {}), ("heads", heads or {})):
         for pattern in patterns:
-            if not any(_matches(pattern, names) for names in aliases.values()):
+            if not missing_ok and not any(_matches(pattern, names) for names in aliases.values()):
                 raise ValueError(f"{argument} pattern {pattern!r} matches no parameter of the model")
     of_modules = _by_module(model)
     groups: dict[tuple[str, str | None], dict[str, Any]] = {}
@@ -99,6 +104,8 @@ def param_groups(
             why = f"{why or f'{parameter.ndim}-D'}, {cut}"
         elif why == IN_BY_OUT:
             cut = str(Columns(parameter.shape[1]))
+        elif why is None and 0 in parameter.shape:
+            why = EMPTY
         elif why is None and parameter.ndim > 2 and 1 in parameter.shape[:1] + parameter.shape[-2:]:
             why = NO_STACK
         elif why == CONVOLUTION or (why is None and parameter.ndim > 3):
@@ -113,7 +120,9 @@ def param_groups(
         if key not in groups:
             groups[key] = {"params": [], "algorithm": rule, "split": cut, "reasons": {}}
             if rate is not None:
-                groups[key]["lr"] = rate
+                groups[key]["lr"] = (
+                    rate.clone() if isinstance(rate, Tensor) else rate
+                )  # a schedule writes into it
         groups[key]["params"].append((name, parameter))
         groups[key]["reasons"][name] = why or "matrix"
     return [groups[key] for key in sorted(groups, key=lambda key: (key[0] == "rest", key[1] or ""))]
@@ -145,6 +154,24 @@ def _aliases(model: nn.Module) -> dict[int, list[str]]:
     return aliases
 
 
+def _refuse_fsdp1(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
+            raise ValueError(
+                f"{name or 'the model'} is wrapped by FullyShardedDataParallel (FSDP1), whose parameters are flat "
+                "pieces of no shape; shard it by torch.distributed.fsdp.fully_shard (FSDP2)"
+            )
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """The parameters of the shape of a module's weight: itself, or what a weight or spectral norm makes it of."""
+    lists = getattr(module, "parametrizations", {})
+    own = lists["weight"].named_parameters() if "weight" in lists else module.named_parameters(recurse=False)
+    return [
+        one for name, one in own if name in ("weight", "weight_v", "weight_orig", "original", "original1")
+    ]
+
+
 def _matches(pattern: str, names: Sequence[str]) -> bool:
     return any(re.search(pattern, name) for name in names)
 
@@ -157,16 +184,18 @@ def _by_module(model: nn.Module) -> dict[int, str]:
     for name, module in zip(names, modules.values(), strict=True):
         path = name.removesuffix(".")
         if isinstance(module, nn.modules.conv._ConvNd):
-            found[id(module.weight)] = CONVOLUTION
-        elif _is_conv1d(module) and isinstance(getattr(module, "weight", None), Tensor):
-            found[id(module.weight)] = IN_BY_OUT
+            found.update({id(weight): CONVOLUTION for weight in _weights(module)})
+        elif _is_conv1d(module):
+            found.update({id(weight): IN_BY_OUT for weight in _weights(module)})
         elif path.rsplit(".", 1)[-1] in HEADS or path in TOP_HEADS:
             layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
             if layers:  # of a classifier of several layers, the last
-                found[id(layers[-1].weight)] = "output head"
+                found.update({id(weight): "output head" for weight in _weights(layers[-1])})
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if TABLE.search(name):
+            if name in ("weight_g", "original0") and parameter.numel() == max(parameter.shape, default=1):
+                found[id(parameter)] = MAGNITUDES
+            elif TABLE.search(name):
                 found[id(parameter)] = "embedding"
             elif parameter.ndim > 1 and NO_MATRIX.search(name):
                 found[id(parameter)] = BY_NAME
@@ -256,7 +285,7 @@ def audit(optimizer: OrthonormalOptimizer, strict: bool = False) -> Audit:
     rows = {}
     for bucket in optimizer.buckets:
         for member in bucket.members:
-            why = bucket.group.get("reasons", {}).get(member.name, "asked for by its group")
+            why = optimizer.reasons.get(member.name, "asked for by its group")
             pieces = member.form.pieces if member.form else ()
             row = AuditRow(
                 name=member.name,

@@ -237,7 +237,11 @@ class Member:
             return local
         hidden = len(layout.placements) - self.parameter.device_mesh.ndim
         own = replace(layout, mesh=self.parameter.device_mesh, placements=layout.placements[hidden:])
-        return own.wrap(local)
+        # Made of a tensor of its own: torch takes a DTensor with the offset of a view for a storage to save or to copy.
+        state = own.wrap(torch.empty_like(local))
+        assert isinstance(state, DTensor)
+        state._local_tensor = local
+        return state
 
 
 def initial_entries(member: Member, state: StateForm, seed: int) -> Tensor:

@@ -113,6 +113,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         self.atomic = common.get("atomic", False)
         self.averaged, self.resync_every, self._steps = common.get("averaged", True), resync_every, 0
         self.replicate_mesh = _mesh_of(common.get("replicate_mesh"))
+        self.reasons: dict[str, str] = {}
         self._algorithm_options = dict(options)
         self._bucket_options = {
             "seed": seed,
@@ -154,6 +155,9 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         own = self._algorithm_options if name == self.algorithm else {}
         for key, default in RULES[name].defaults.items():
             group.setdefault(key, own.get(key, default))
+        self.reasons.update(
+            group.pop("reasons", {})
+        )  # not kept in the group: it would be saved for each parameter
         group["split"] = None if (split := parse_split(group.get("split"))) is None else str(split)
         check_group({**self.defaults, **group})
         super().add_param_group(group)
@@ -183,11 +187,14 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
     def members(self) -> list[Member]:
         """What the engine knows of each parameter, in the order of the groups, which is that of a state dict.
 
+        As ever with an optimizer, what was taken out of the groups is stepped no more, and a group may be replaced.
+
         Raises:
-            RuntimeError: a group holds parameters that were not there when the optimizer was made.
+            RuntimeError: a group holds parameters that were not there when the optimizer was made, or some of those
+                that are stepped together are now in a group of their own.
         """
-        own = {id(member.parameter): member for bucket in self.buckets for member in bucket.members}
-        members = []
+        own = {id(member.parameter): (member, bucket) for bucket in self.buckets for member in bucket.members}
+        members, groups = [], dict[Bucket, dict[str, Any]]()
         for position, group in enumerate(self.param_groups):
             for index, parameter in enumerate(group["params"]):
                 if id(parameter) not in own:
@@ -196,7 +203,16 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                         f"{StorageLayout.of(parameter).describe()}, is not the one that the optimizer was made with; "
                         "make the optimizer after the model is wrapped and sharded"
                     )
-                members.append(own[id(parameter)])
+                member, bucket = own[id(parameter)]
+                members.append(member)
+                if groups.setdefault(bucket, group) is not group or group["algorithm"] != bucket.rule.name:
+                    raise RuntimeError(
+                        f"{member.name} ({member.layout.describe()}) was stepped together with others that are in "
+                        f"another group than {position} ({group['algorithm']}) now; make the optimizer anew with these "
+                        "groups, and load the state of this one"
+                    )
+        for bucket, group in groups.items():
+            bucket.group = group
         return members
 
     @overload
@@ -204,6 +220,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
+    # The updates are compiled each by itself, also where the caller compiles the whole; torch does not type this.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient; autocast changes the closure alone.
@@ -227,11 +245,12 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         with _no_autocast({bucket.device.type for bucket in self.buckets}):
-            adopt(self.members(), self.state)
-            work = checked_gradients(self.buckets, self.validate, self.averaged)
+            members = self.members()
+            adopt(members, self.state)
+            work = checked_gradients(self.buckets, members, self.validate, self.averaged)
             with undone_on_failure(self.buckets) if self.atomic else nullcontext():
-                for bucket, members, grads, pending in work:
-                    bucket.step(members, grads, pending)
+                for bucket, stepped, grads, pending in work:
+                    bucket.step(stepped, grads, pending)
                 if self.resync_every and (self._steps + 1) % self.resync_every == 0:
                     self.synchronize()
             self._steps += 1
@@ -289,7 +308,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                 check_names(position, own, group)
                 kept = {key: value for key, value in own.items() if key != "params"}
                 # The names stay those of here: other wrappers, or another order of torch.distributed.checkpoint's.
-                taken = {key: value for key, value in group.items() if key != "param_names"}
+                taken = {key: value for key, value in group.items() if key not in ("param_names", "reasons")}
                 groups.append({**kept, **taken})
                 check_group(groups[-1], foreign=True)  # users keep keys of their own in groups
             indices = [index for group in groups for index in group["params"]]
@@ -301,13 +320,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             members = self.members()
             load_states(members, loaded)
             self.state.update({member.parameter: dict(member.views) for member in members})
-            for bucket, position in zip(self.buckets, positions, strict=True):
-                bucket.group = self.param_groups[position]
 
-        positions = [
-            next(i for i, group in enumerate(self.param_groups) if group is bucket.group)
-            for bucket in self.buckets
-        ]
         handles = [
             self.register_load_state_dict_pre_hook(before),
             self.register_load_state_dict_post_hook(after, prepend=True),
@@ -330,6 +343,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             "_algorithm_options",
             "_bucket_options",
             "capture",
+            "reasons",
         )
         pending = [bucket.pending for bucket in self.buckets]
         return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_pending": pending}

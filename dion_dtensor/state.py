@@ -51,11 +51,19 @@ def check_states(members: Sequence[Member], states: Sequence[Mapping[str, Any] |
     """Refuse states that are not those of the members' rules.
 
     Raises:
-        ValueError: a missing state, another algorithm's keys, another shape; the message names the parameter.
+        ValueError: a missing state of a parameter that is not frozen, another algorithm's keys, another shape, a
+            DTensor on another mesh; the message names the parameter.
     """
     for member, state in zip(members, states, strict=True):
         needed, given = sorted(member.views), sorted(state or {})
         where = f"{member.name} ({member.layout.describe()})"
+        if _left_out(member, state):
+            continue
+        if needed and not given:
+            raise ValueError(
+                f"{where}: the saved state has nothing of it; was it frozen, or not there, when that was saved? Freeze "
+                "it to load the rest, which leaves its state as it is"
+            )
         if given != needed:
             raise ValueError(
                 f"{where}: its state has {needed}, the given one has {given}; was it saved by another algorithm?"
@@ -66,6 +74,15 @@ def check_states(members: Sequence[Member], states: Sequence[Mapping[str, Any] |
                 raise ValueError(
                     f"{where}: state {key!r} has shape {list(own.shape)}, the given one has {list(value.shape)}; "
                     "was it saved with another rank_fraction?"
+                )
+            if (
+                isinstance(own, DTensor)
+                and isinstance(value, DTensor)
+                and value.device_mesh != own.device_mesh
+            ):
+                raise ValueError(
+                    f"{where}: state {key!r} lies on another mesh, {value.device_mesh}; load it by "
+                    "torch.distributed.checkpoint, or give its full_tensor()"
                 )
 
 
@@ -78,7 +95,7 @@ def load_states(members: Sequence[Member], states: Sequence[Mapping[str, Any] | 
             taken as the whole value.
     """
     for member, state in zip(members, states, strict=True):
-        for key, own in member.views.items():
+        for key, own in member.views.items() if not _left_out(member, state) else ():
             _copy(own, torch.as_tensor((state or {})[key]))
 
 
@@ -90,11 +107,18 @@ def adopt(members: Sequence[Member], states: Mapping[Tensor, dict[str, Any]]) ->
     """
     for member in members:
         state = states.get(member.parameter)
+        if _left_out(member, state):
+            continue
         if state is None or any(state.get(key) is not view for key, view in member.views.items()):
             check_states([member], [state])
             load_states([member], [state])
             assert state is not None
             state.update(member.views)
+
+
+def _left_out(member: Member, state: Mapping[str, Any] | None) -> bool:
+    """Of a frozen parameter torch.distributed.checkpoint saves no state: it stays as it is."""
+    return not state and not member.parameter.requires_grad
 
 
 @torch.no_grad()

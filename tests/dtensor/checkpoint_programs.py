@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import io
+import pickle
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,6 +12,7 @@ import torch
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from conformance.process_groups import shared_group
@@ -102,3 +106,54 @@ def _run(name: str, where: str, steps: range, path: str = "", load: bool = False
 
 def _saved(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def copies_of_state() -> dict[str, bool] | None:
+    """Of DTensors that are parts of one stack: whether each way to copy the state gives the same values."""
+    if build_mesh(layout("4 S0")).get_coordinate() is None:
+        return None
+    model = Weights().laid("4 S0")
+    model.register_parameter("twin", nn.Parameter(model.up.detach().clone()))
+    optimizer = _optimizer("muon", model)
+    _step(model, optimizer, 0)
+    expected = [whole(optimizer.state[p]["momentum"]) for p in (model.up, model.twin)]
+    kept = optimizer.state_dict()
+    buffer = io.BytesIO()
+    torch.save(kept, buffer)
+    buffer.seek(0)
+    made = {
+        "deepcopy": copy.deepcopy(kept),
+        "torch.save": torch.load(buffer, weights_only=False),
+        "pickle": pickle.loads(pickle.dumps(optimizer)).state_dict(),
+    }
+    found = {}
+    names = [name for group in kept["param_groups"] for name in group["param_names"]]
+    for how, state in made.items():
+        ours = [whole(state["state"][names.index(name)]["momentum"]) for name in ("up", "twin")]
+        found[how] = all(torch.equal(*pair) for pair in zip(ours, expected, strict=True))
+    return found
+
+
+def state_of_another_mesh() -> str | None:
+    """What is said of a state whose DTensors lie on a mesh of another order of ranks."""
+    turned = DeviceMesh("cpu", [[0, 2], [1, 3]], mesh_dim_names=("one", "other"))
+    if build_mesh(layout("2x2 S0 S1")).get_coordinate() is None:
+        return None
+    model = Weights().laid("2x2 S0 S1")
+    optimizer = _optimizer("muon", model)
+    _step(model, optimizer, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    momentum = saved["state"][0]["momentum"]
+    saved["state"][0]["momentum"] = DTensor.from_local(
+        momentum.to_local(),
+        turned,
+        momentum.placements,
+        run_check=False,
+        shape=momentum.shape,
+        stride=momentum.stride(),
+    )
+    try:
+        optimizer.load_state_dict(saved)
+    except ValueError as error:
+        return str(error)
+    return "no error"

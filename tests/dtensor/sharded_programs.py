@@ -157,6 +157,23 @@ def partial_gradient(algorithm: str) -> tuple[Tensor, Tensor] | None:
     return results[0], results[1]
 
 
+def replicated_gradient() -> tuple[Tensor, Tensor] | None:
+    """A step with a gradient that is replicated where its parameter is sharded, and one with its shards."""
+    mesh = build_mesh(layout("2x2 R S0"))
+    if mesh.get_coordinate() is None:
+        return None
+    results = []
+    for codes in ("2x2 R R", "2x2 R S0"):
+        generator = torch.Generator().manual_seed(0)
+        weight, grad = torch.randn(2, 7, 4, generator=generator, dtype=torch.float64)
+        parameter = nn.Parameter(lay_out(weight, layout("2x2 R S0"), mesh))
+        optimizer = Muon([("w", parameter)], compile=False)
+        parameter.grad = lay_out(grad, layout(codes), mesh)
+        optimizer.step()
+        results.append(parameter.detach().full_tensor())
+    return results[0], results[1]
+
+
 def state_of_rank(algorithm: str) -> list[tuple[str, list[str]]] | None:
     """Names and state keys, with a gradient on no parameter."""
     where = layout("2x2 S0 S0")

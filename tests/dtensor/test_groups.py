@@ -346,3 +346,62 @@ def test_the_audit_of_an_optimizer_whose_parameters_were_replaced_says_so() -> N
     optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3, 4))
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 \(muon\), now \[3, 4\].*is not the one"):
         audit(optimizer)
+
+
+def test_one_pattern_needs_no_list_and_may_match_nothing_if_that_is_said() -> None:
+    matrices, rest = param_groups(Small(), exclude="down")
+    assert [name for name, _ in matrices["params"]] == ["up.weight"]
+    assert rest["reasons"]["down.weight"] == "excluded"
+    assert "up.weight" not in rest["reasons"]
+    with pytest.raises(ValueError, match=r"exclude pattern 'decoder' matches no parameter"):
+        param_groups(Small(), exclude="decoder")
+    assert len(param_groups(Small(), exclude="decoder", split={"qkv": (2, 2)}, missing_ok=True)) == 2
+
+
+def test_the_first_fsdp_is_refused() -> None:
+    class FullyShardedDataParallel(nn.Module):  # torch's needs a process group to be made
+        def __init__(self, module: nn.Module) -> None:
+            super().__init__()
+            self._fsdp_wrapped_module = module
+
+    with pytest.raises(ValueError, match=r"block is wrapped by FullyShardedDataParallel .*fully_shard"):
+        param_groups(nn.ModuleDict({"block": FullyShardedDataParallel(Small())}))
+
+
+@pytest.mark.parametrize("norm", ["weight_norm", "spectral_norm", "old_weight_norm"])
+def test_a_normalized_weight_is_sorted_as_the_weight(norm: str) -> None:
+    old, new = torch.nn.utils.weight_norm, torch.nn.utils.parametrizations
+    make = old if norm == "old_weight_norm" else getattr(new, norm)
+    model = nn.ModuleDict(
+        {"conv": make(nn.Conv1d(6, 8, 3)), "up": make(nn.Linear(6, 8)), "head": make(nn.Linear(8, 4))}
+    )
+    rows = {row.name: row for row in audit(Muon(param_groups(model), compile=False)).rows}
+    matrices = {name.split(".")[0]: row.matrices for name, row in rows.items() if row.rule == "muon"}
+    assert matrices == {"conv": "1 of 8x18", "up": "1 of 8x6"}
+    left = {row.why for row in rows.values() if row.rule != "muon"}
+    assert left == {"1-D", "output head"} | (
+        set() if norm == "spectral_norm" else {"magnitudes of a weight norm"}
+    )
+
+
+def test_groups_do_not_share_a_learning_rate_that_schedules_write_into() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Conv1d(3, 8, 3))
+    groups = [g for g in param_groups(model, lr=torch.tensor(0.1)) if g["algorithm"] == "muon"]
+    assert len(groups) == 2
+    assert groups[0]["lr"] is not groups[1]["lr"]
+
+
+def test_empty_parameters_are_no_matrices() -> None:
+    groups = param_groups(nn.Linear(6, 0))
+    assert [group["algorithm"] for group in groups] == ["adamw"]
+
+
+def test_reasons_are_not_saved_with_the_groups() -> None:
+    """torch.distributed.checkpoint would write all of them for each parameter."""
+    optimizer = optimizer_of(Small())
+    assert all("reasons" not in group for group in optimizer.state_dict()["param_groups"])
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["reasons"] = {"of": "an older version"}
+    optimizer.load_state_dict(saved)
+    assert all("reasons" not in group for group in optimizer.param_groups)
+    assert {row.why for row in audit(optimizer).rows} >= {"embedding", "output head"}

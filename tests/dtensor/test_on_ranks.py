@@ -11,7 +11,7 @@ from torch.torch_version import TorchVersion
 from conformance.plan.counting import fake_mesh
 from dion_dtensor.planning.predict import basis_flops
 from tests.dtensor import sharded_programs as programs
-from tests.dtensor.checkpoint_programs import RESHARDINGS, resumed
+from tests.dtensor.checkpoint_programs import RESHARDINGS, copies_of_state, resumed, state_of_another_mesh
 from tests.dtensor.counted_programs import (
     EVENLY,
     NUMBER,
@@ -324,6 +324,23 @@ def test_a_fault_on_one_mesh_is_an_error_on_the_ranks_of_all(ranks: Ranks, where
 def test_partial_gradients_are_averaged(ranks: Ranks, algorithm: str) -> None:
     for partial, averaged in ranks.run(4, programs.partial_gradient, algorithm):
         torch.testing.assert_close(partial, averaged, rtol=1e-13, atol=1e-14)
+
+
+def test_replicated_gradients_of_sharded_parameters_are_cut(ranks: Ranks) -> None:
+    """So does torch's tensor parallelism leave those of a row-wise embedding."""
+    for whole, sharded in ranks.run(4, programs.replicated_gradient):
+        assert torch.equal(whole, sharded)
+
+
+def test_the_state_of_sharded_parameters_can_be_copied(ranks: Ranks) -> None:
+    for found in ranks.run(4, copies_of_state):
+        assert found == {"deepcopy": True, "torch.save": True, "pickle": True}
+
+
+def test_a_state_on_another_mesh_is_refused(ranks: Ranks) -> None:
+    for said in ranks.run(4, state_of_another_mesh):
+        assert "state 'momentum' lies on another mesh" in said
+        assert "give its full_tensor()" in said
 
 
 @pytest.mark.parametrize("algorithm", ["muon", "dion"])

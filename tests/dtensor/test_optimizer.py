@@ -405,3 +405,57 @@ def test_buckets_are_bounded_by_their_bytes(count: int, fit: int, lengths: list[
         results.append(parameters)
     for whole, turns in zip(*results, strict=True):
         torch.testing.assert_close(turns, whole)
+
+
+@pytest.mark.parametrize("what", ["group", "parameter"])
+def test_what_is_taken_out_of_the_groups_is_stepped_no_more(what: str) -> None:
+    model = Small()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 1)
+    if what == "group":
+        gone = optimizer.param_groups.pop()["params"]
+    else:
+        gone = [model.up.weight]
+        kept = [p for p in optimizer.param_groups[0]["params"] if p is not model.up.weight]
+        optimizer.param_groups[0]["params"] = kept
+    for parameter in gone:
+        del optimizer.state[parameter]
+    before = [parameter.detach().clone() for parameter in gone]
+    others = model.down.weight.detach().clone()
+    train(model, optimizer, 1)
+    assert all(torch.equal(old, new) for old, new in zip(before, gone, strict=True))
+    assert not torch.equal(others, model.down.weight)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_replaced_groups_are_followed() -> None:
+    model = Small()
+    optimizer = optimizer_of(model)
+    optimizer.param_groups = [dict(group, lr=0.0) for group in optimizer.param_groups]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(before, train(model, optimizer, 1), strict=True))
+    first = optimizer.param_groups[0]
+    apart = [dict(first, params=[parameter]) for parameter in first["params"]]
+    optimizer.param_groups = [*apart, *optimizer.param_groups[1:]]
+    train(model, optimizer, 1)  # each of these matrices is of a shape of its own
+    twins = [nn.Parameter(torch.ones(3, 3)) for _ in range(2)]
+    together = Muon(twins, compile=False)
+    together.param_groups = [dict(together.param_groups[0], params=[twin]) for twin in twins]
+    with pytest.raises(
+        RuntimeError, match=r"parameter 1 .*stepped together with others .*make the optimizer anew"
+    ):
+        together.step()
+
+
+def test_a_step_within_compiled_code_is_that_of_without() -> None:
+    results = []
+    for compiled in (False, True):
+        model = Small()
+        optimizer = optimizer_of(model, compile=True)
+        step = torch.compile(lambda own=optimizer: own.step()) if compiled else optimizer.step
+        for seed in range(2):
+            optimizer.zero_grad()
+            backward(model, seed)
+            step()
+        results.append([parameter.detach() for parameter in model.parameters()])
+    assert all(torch.equal(*pair) for pair in zip(*results, strict=True))

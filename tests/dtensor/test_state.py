@@ -260,3 +260,27 @@ def test_state_as_microsoft_dion_saves_it_goes_on_here(algorithm: str) -> None:
 def train_once(optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
     weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     optimizer.step()
+
+
+def test_a_frozen_parameter_needs_no_state_and_keeps_its_own() -> None:
+    """torch.distributed.checkpoint saves none of it."""
+    model = Small()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 1)
+    saved = copy.deepcopy(optimizer.state_dict())
+    train(model, optimizer, 1)
+    (gone,) = (
+        i
+        for i, p in enumerate(p for g in optimizer.param_groups for p in g["params"])
+        if p is model.up.weight
+    )
+    del saved["state"][gone]
+    with pytest.raises(ValueError, match=r"up\.weight .*the saved state has nothing of it; was it frozen"):
+        optimizer.load_state_dict(saved)
+    model.up.weight.requires_grad_(False)
+    own = optimizer.state[model.up.weight]["momentum"].clone()
+    other = optimizer.state[model.down.weight]["momentum"].clone()
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[model.up.weight]["momentum"], own)
+    assert not torch.equal(optimizer.state[model.down.weight]["momentum"], other)
+    train(model, optimizer, 1)
