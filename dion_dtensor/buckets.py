@@ -73,6 +73,7 @@ class Bucket:
         self.pending: tuple[int, ...] = ()
         """Mesh axes over which the momentum is still to be averaged."""
         self._counts_steps = rule.counts_steps(group)
+        self._shaped_by = {key: group[key] for key in rule.shapes_state}
         self._scalars: dict[str, Any] = {}
         self.forms = {member: self._state_forms(member) for member in self.members}
         self._scales: dict[Hashable, Tensor] = {}
@@ -93,6 +94,23 @@ class Bucket:
                 member.views["step"] = torch.zeros((), dtype=torch.float32)
             for key in self.stacks:
                 member.views[key] = member.shown(self.forms[member][key].shown, self._own[key][member])
+
+    def follow(self, group: Mapping[str, Any]) -> None:
+        """Read hyperparameters from ``group`` from now on.
+
+        Raises:
+            RuntimeError: they ask for states of other shapes.
+        """
+        asked = {key: group[key] for key in self.rule.shapes_state}
+        if asked != self._shaped_by:
+            first, made = self.members[0], {**group, **self._shaped_by}
+            shapes = {(piece.m, piece.n) for one in self.members if one.form for piece in one.form.pieces}
+            if any(self.rule.states(shape, group) != self.rule.states(shape, made) for shape in shapes):
+                raise RuntimeError(
+                    f"{first.name} ({first.layout.describe()}): its state was made with {self._shaped_by}, and the "
+                    f"group now has {asked}; make the optimizer anew with these"
+                )
+        self.group = group
 
     def _state_forms(self, member: Member) -> dict[str, StateForm]:
         if member.form is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any
 
 import torch
@@ -51,12 +52,13 @@ def check_options(options: Mapping[str, Any], resync_every: int | None) -> None:
             raise ValueError(f"{name}={count} must be positive, or None")
 
 
-def check_group(group: Mapping[str, Any], foreign: bool = False) -> None:
+def check_group(group: Mapping[str, Any], foreign: bool = False, wait: bool = True) -> None:
     """Refuse a param group with hyperparameters out of range, or that its rule does not have.
 
     Args:
         group: with its algorithm.
         foreign: whether keys that the rule does not have are let pass.
+        wait: whether a learning rate on a GPU is looked at, for which the host waits.
 
     Raises:
         ValueError: names the hyperparameter.
@@ -69,9 +71,13 @@ def check_group(group: Mapping[str, Any], foreign: bool = False) -> None:
             f"{sorted(set(rule.defaults) | {'lr', 'weight_decay', 'cautious', 'maximize'})}"
         )
     lr = group["lr"]
+    for name in ("lr", "weight_decay"):
+        if not isinstance(group[name], Real | Tensor):
+            raise ValueError(f"{name}={group[name]!r} must be a number")
     if isinstance(lr, Tensor) and lr.numel() != 1:
         raise ValueError(f"lr must be a number or a tensor of one element, not of shape {list(lr.shape)}")
-    if not float(lr) >= 0:
+    unseen = isinstance(lr, Tensor) and lr.device.type != "cpu" and not wait
+    if not unseen and not float(lr) >= 0:
         raise ValueError(f"lr={lr} must not be negative")
     if not group["weight_decay"] >= 0:
         raise ValueError(f"weight_decay={group['weight_decay']} must not be negative")

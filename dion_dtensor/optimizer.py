@@ -212,7 +212,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                         "groups, and load the state of this one"
                     )
         for bucket, group in groups.items():
-            bucket.group = group
+            bucket.follow(group)
         return members
 
     @overload
@@ -230,6 +230,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             closure: evaluates the model again and returns the loss.
 
         Raises:
+            ValueError: a hyperparameter of a group has left its range.
             RuntimeError: on every rank of all meshes, before anything is written, when a gradient is missing on some
                 ranks only, is not finite, or does not lie as its parameter does (with ``validate=True``).  Also when a
                 group holds parameters that were not there when the optimizer was made, and within a CUDA graph that
@@ -246,6 +247,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                 loss = closure()
         with _no_autocast({bucket.device.type for bucket in self.buckets}):
             members = self.members()
+            for group in self.param_groups:  # schedules write into them
+                check_group(group, foreign=True, wait=False)
             adopt(members, self.state)
             work = checked_gradients(self.buckets, members, self.validate, self.averaged)
             with undone_on_failure(self.buckets) if self.atomic else nullcontext():

@@ -173,6 +173,7 @@ DION = Rule(
     way="P assembled",
     reads_values="always",  # which columns are dead
     pending_states=("momentum",),
+    shapes_state=("rank_fraction", "rank_multiple"),
     check=check,
     prepare=prepare,
 )

@@ -63,6 +63,7 @@ class Rule:
         counts_steps: ``group -> bool``, whether ``state`` has the field ``step`` there.
         fused: ``(weights, grads, states, group, step)``, a kernel of torch for the whole step, decay included, on lists
             of contiguous tensors of one dtype; states by name, all in place.  For elementwise rules.
+        shapes_state: hyperparameters by which states have their shapes.
         check: raises ValueError for a param group with bad hyperparameters.
         prepare: ``(shape, group) -> {field: value}``, the fields of ``hyper`` that are not hyperparameters themselves.
     """
@@ -80,6 +81,7 @@ class Rule:
     pending_states: tuple[str, ...] = ()
     elementwise: bool = False
     fused: Callable[..., None] | None = None
+    shapes_state: tuple[str, ...] = ()
     counts_steps: Callable[[Mapping[str, Any]], bool] = field(default=lambda group: False)
     check: Callable[[Mapping[str, Any]], None] = field(default=lambda group: None)
     prepare: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, Any]] = field(

@@ -459,3 +459,33 @@ def test_a_step_within_compiled_code_is_that_of_without() -> None:
             step()
         results.append([parameter.detach() for parameter in model.parameters()])
     assert all(torch.equal(*pair) for pair in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "change", "message"),
+    [
+        ("muon", {"lr": "1e-3"}, "lr='1e-3' must be a number"),
+        ("muon", {"lr": float("nan")}, "lr=nan must not be negative"),
+        ("muon", {"mu": 1.5}, "mu=1.5"),
+        ("adamw", {"weight_decay": None}, "weight_decay=None must be a number"),
+        ("dion", {"rank_fraction": 0.25}, "its state was made with .*make the optimizer anew"),
+    ],
+)
+def test_hyperparameters_that_a_schedule_spoils_change_nothing(
+    algorithm: str, change: dict[str, Any], message: str
+) -> None:
+    model = Small()
+    optimizer = optimizer_of(model, algorithm)
+    train(model, optimizer, 1)
+    optimizer.param_groups[0].update(change)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        train(model, optimizer, 1)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_a_rank_fraction_of_the_same_rank_is_taken() -> None:
+    model = Small()
+    optimizer = optimizer_of(model, "dion", rank_fraction=0.5)
+    optimizer.param_groups[0]["rank_fraction"] = 0.49  # three of six as well
+    train(model, optimizer, 1)
