@@ -41,17 +41,25 @@ class Case:
         deprecated: why it should not be used any more, or None.
         requires: features that a port has to claim beyond algorithm, dialect and level.
         shape: of the parameter.
-        split: how the parameter is cut into logical matrices, or None.
-        hyper: all hyperparameters; a polynomial by its coefficients (or "exact").
-        derived: what follows from them for each logical matrix: scale_factor, rank, count.
+        split: how the parameter is cut into pieces, each a logical matrix or a stack of equal ones: "kind" ("Rows",
+            "Heads", "InterleavedRows", "Experts" or "Flatten") and the split's fields; or None.
+        hyper: all hyperparameters; a polynomial by its coefficients (or "exact"). `hyper_at` has those of a step.
+        derived: what follows from them, lists with an entry a piece: matrices (shapes), scale_factor, and rank or
+            count where the algorithm has it; empty at L0 and for adamw and lion.
         schedule: by hyperparameter that changes, its value at each step.
         steps: number of steps.
-        result: "valid" (expected holds) or "error" (the step has to be refused).
-        tolerance: by compute dtype and quantity; None where that dtype decides nothing.
-        inputs: "weight", "grads" ``[steps, *shape]`` and "state/<key>"; float64, exact in float32 too
-            wherever float32 has a tolerance.
-        expected: "update" ``[steps, *shape]`` (new weight minus old, by step) and "state/<key>" after the last step.
-        acceptable: other results that are no bug: note and update.
+        result: "valid" (expected holds) or "error" (the step has to be refused; expected and tolerances are empty).
+        tolerance: by compute dtype and key of `expected`, the largest error that passes; None where that dtype decides
+            nothing. The error is ``||value - expected|| / ||expected||`` over all elements: the largest over the steps
+            for the update, and for Q with each column turned to the sign that agrees.
+        inputs: "matrix" at L0, else "weight", "grads" ``[steps, *shape]`` and "state/<key>"; float64 and read-only
+            (see `cast`), exact in float32 too wherever float32 has a tolerance. Momenta have the parameter's shape;
+            "state/Q" ``[min(m, n), rank]`` and "state/variance" ``[m, 1]`` become "state/Q/0", "state/Q/1" and so on
+            where `split` is given, ``[N, ...]`` for stacks; "state/step" is 0-d, the number of steps made before.
+        expected: "update" ``[steps, *shape]`` (new weight minus old, by step; at L0 the orthonormalized matrix) and
+            "state/<key>" after the last step, but for "step".
+        acceptable: other results that are no bug: note and update, held to the update's tolerance; with "error" an
+            update of NaN, which stands for any that has one.
     """
 
     id: str
