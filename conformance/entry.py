@@ -10,7 +10,10 @@ def main() -> None:
     try:
         from conformance.cli import app
     except ModuleNotFoundError as error:
-        print(f'conformance: {error}; pip install "dion-conformance[conformance]"', file=sys.stderr)
+        print(
+            f"conformance: {error}; install the clone with its extra: pip install '.[conformance]'",
+            file=sys.stderr,
+        )
         raise SystemExit(2) from None
     app()
 

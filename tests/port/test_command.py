@@ -164,7 +164,7 @@ def test_the_command_without_its_libraries_says_what_to_install(
     with pytest.raises(SystemExit) as ended:
         entry.main()
     assert ended.value.code == 2
-    assert 'pip install "dion-conformance[conformance]"' in capsys.readouterr().err
+    assert "pip install '.[conformance]'" in capsys.readouterr().err
 
 
 def test_what_is_acceptable_alone_is_a_pass() -> None:
