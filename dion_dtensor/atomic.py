@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import torch
 
 from dion_dtensor.buckets import Bucket
+from dion_dtensor.exchange import forget
 from dion_dtensor.gradients import agreed
 
 __all__ = ["undone_on_failure"]
@@ -39,6 +40,7 @@ def undone_on_failure(buckets: Sequence[Bucket]) -> Iterator[None]:
                 f"this step was undone: the ranks could not agree that it is done; has a rank died? ({error})"
             ) from error
     except BaseException:
+        forget()
         for tensor, old in zip(held, before, strict=True):
             tensor.copy_(old)
         for bucket, axes in zip(buckets, pending, strict=True):

@@ -72,7 +72,7 @@ def on_rows_of_blocks(
     number: Number,
     *states: Tensor,
     assemble: bool = False,
-    after: Sequence[Tensor] = (),
+    chain: list[Tensor] | None = None,
 ) -> tuple[Any, Tensor]:
     """``function`` on whole matrices made of the rows of largest norm of each logical matrix.
 
@@ -84,7 +84,7 @@ def on_rows_of_blocks(
         which: pieces whose rows are chosen; nothing is chosen of the others.
         number: rows to be chosen of a matrix.
         states: ``[N, height, 1]``, a value for each row.
-        assemble, after: as in :func:`on_rows`.
+        assemble, chain: as in :func:`on_rows`.
 
     Returns:
         The result of :func:`on_rows`, and the chosen rows ``[N, k]``, indices into those of the parameter.
@@ -109,7 +109,7 @@ def on_rows_of_blocks(
         return joined if states else joined[0]
 
     every = torch.cat(chosen, dim=1)
-    return on_rows(on_pieces, stack, every, *states, assemble=assemble, after=after), every
+    return on_rows(on_pieces, stack, every, *states, assemble=assemble, chain=chain), every
 
 
 def on_columns_of_blocks(
@@ -121,13 +121,13 @@ def on_columns_of_blocks(
     number: Number,
     *,
     assemble: bool = False,
-    after: Sequence[Tensor] = (),
+    chain: list[Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``function`` on whole matrices made of the columns of largest norm of each logical matrix, transposed.
 
     Args:
         function: of stacks ``[j, k, m]``.
-        stack, blocks, which, number, after: as in :func:`on_rows_of_blocks`. Of ``stack``, columns that are sharded are
+        stack, blocks, which, number, chain: as in :func:`on_rows_of_blocks`. Of ``stack``, columns that are sharded are
             assembled.
         norms_of: likewise, by whose column sums is chosen.
         assemble: bring the rows of all blocks together, not of these alone.
@@ -150,9 +150,10 @@ def on_columns_of_blocks(
     columns, real = chosen[:, here.clamp(max=count - 1)], (here < count).unsqueeze(-1)
 
     every = assemble or len(pieces) == len(blocks.pieces)
-    of_these = torch.cat([blocks.rows[index].flatten() for index in which]).sort().values
-    rows = torch.arange(len(blocks.owner), device=device) if every else of_these
-    places = {index: torch.searchsorted(rows, blocks.rows[index].flatten()) for index in which}
+    # The rows of these matrices in their order, and the place of each row among them.
+    mine = torch.ones_like(owner, dtype=torch.bool) if every else owner < count
+    among = mine.cumsum(0) - 1
+    places = {index: among[blocks.rows[index].flatten()] for index in which}
 
     def on_pieces(some: Tensor) -> Tensor:
         result = torch.zeros_like(some)
@@ -172,7 +173,11 @@ def on_columns_of_blocks(
     if every:
         result = local_of(on_whole_matrices(on_pieces, laid(values)))
     else:
-        result = local_of(on_rows(on_pieces, laid(values), rows.expand(len(values), -1), after=after))
+        total = sum(piece.m * piece.count for piece in pieces.values())
+        rows = torch.argsort(~mine, stable=True)[:total].expand(len(values), -1)
+        chain = [] if chain is None else chain
+        chain.append(sums)
+        result = local_of(on_rows(on_pieces, laid(values), rows, chain=chain))
     mask = torch.zeros_like(local_of(stack)).scatter_add(2, columns, real.expand_as(values).to(values.dtype))
     spread = torch.zeros_like(local_of(stack), dtype=result.dtype)
     spread = spread.scatter_add(2, columns, torch.where(real, result, 0))

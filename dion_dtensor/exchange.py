@@ -12,7 +12,7 @@ whatever else communicates comes before, by ``after``, or works with the result.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,7 +24,7 @@ from torch.fx.node import has_side_effect
 from dion_dtensor.layout import owners
 from dion_dtensor.placements import axes_sharding, constant
 
-__all__ = ["finish_rows", "on_host", "route", "start_fetch", "start_return"]
+__all__ = ["finish_rows", "forget", "on_host", "route", "start_fetch", "start_return"]
 
 EVERYWHERE = -1
 """In place of a coordinate: every rank of the axis has the row."""
@@ -146,8 +146,7 @@ class Rows:
 
     def taken(self, order: Tensor) -> Tensor:
         """``[len(order), n]``: those of the indices ``order``."""
-        device = self.source.device
-        return self.source[self.first[order].to(device), self.second[order].to(device)]
+        return self.source[_on(self.source, self.first[order]), _on(self.source, self.second[order])]
 
 
 @dataclass(eq=False)
@@ -157,7 +156,6 @@ class Flight:
     Attributes:
         rows: what this rank will have.
         arriving: indices into these, in the order in which they lie in their source; None if they lie in any.
-        first, second: ``[h]``, where in the result each of them belongs.
         work, sent: what is waited for, and has to be kept until then.
     """
 
@@ -165,8 +163,6 @@ class Flight:
     arriving: Tensor | None = None
     work: Work | None = None
     sent: Tensor | None = None
-    first: Tensor = field(default_factory=lambda: torch.empty(0))
-    second: Tensor = field(default_factory=lambda: torch.empty(0))
 
     def landed(self) -> Rows:
         """Wait."""
@@ -175,24 +171,19 @@ class Flight:
         self.work = self.sent = None
         return self.rows
 
-    def put(self, result: Tensor) -> None:
-        """Write the rows, which have landed, into ``result``."""
-        if self.arriving is None:
-            first, second = self.first, self.second
-            values = self.rows.taken(torch.arange(len(first)))
-        else:
-            first, second = self.first[self.arriving], self.second[self.arriving]
-            values = self.rows.source[0]
-        result[first.to(result.device), second.to(result.device)] = values
+
+_flights: dict[int, tuple[Flight, Tensor, Tensor]] = {}
+"""By the address of the token that an operator gave for it, with the places of the rows in the result."""
 
 
-_flights: dict[int, Flight] = {}
-"""By the address of the token that an operator gave for it."""
+def forget() -> None:
+    """Drop what a step that failed has left on its way."""
+    _flights.clear()
 
 
 @torch.library.custom_op("dion_dtensor::on_host", mutates_args=())
 def on_host(chosen: Tensor) -> Tensor:
-    """A copy of ``chosen`` for the host, which waits for it once."""
+    """A copy of ``chosen`` for the host, which waits for it."""
     return chosen.to("cpu", copy=True)
 
 
@@ -220,23 +211,24 @@ def start_fetch(local: Tensor, chosen: Tensor, number: int, matrices: int, after
     workers = way.workers(matrices)[: len(chosen)].repeat_interleave(k, dim=0)
     held = torch.arange(len(picked))[way.here_of(at)]
     flight = _sent(Rows(local, held // k, way.place[picked[held]], held), at, workers, way, way.order)
-    arriving = flight.rows.which
-    flight.first, flight.second = arriving // k - way.own(matrices).start, arriving % k
-    return _token(flight)
+    which = flight.rows.which
+    return _token(flight, which // k - way.own(matrices).start, which % k)
 
 
 @torch.library.custom_op("dion_dtensor::start_return", mutates_args=())
 def start_return(
-    values: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]
+    values: Tensor, chosen: Tensor, number: int, matrices: int, before: int, after: Sequence[Tensor]
 ) -> Tensor:
     """The way back of :func:`start_fetch`.
 
     Args:
         values: ``[matrices of this rank, k, n]``.
         chosen, number, matrices, after: as given there.
+        before: matrices of earlier turns, which come first in the result.
 
     Returns:
-        A token for :func:`finish_rows`, which then gives ``[N, rows held here, n]``, zero where a row was not chosen.
+        A token for :func:`finish_rows`, which gives ``[N of all turns, rows held here, n]``, zero where a row was not
+        chosen.
     """
     way, (count, k) = _routes[number], chosen.shape
     picked, home = chosen.reshape(-1), way.owner[chosen.reshape(-1)]
@@ -244,37 +236,48 @@ def start_return(
     held = torch.arange(len(picked))[way.here_of(at)]
     rows = Rows(values, held // k - way.own(matrices).start, held % k, held)
     flight = _sent(rows, at, home, way, way.order[::-1])
-    arriving = flight.rows.which
-    flight.first, flight.second = arriving // k, way.place[picked[arriving]]
-    return _token(flight)
+    which = flight.rows.which
+    return _token(flight, before + which // k, way.place[picked[which]])
 
 
 @torch.library.custom_op("dion_dtensor::finish_rows", mutates_args=())
-def finish_rows(token: Tensor, shape: Sequence[int], dtype: torch.dtype, after: Sequence[Tensor]) -> Tensor:
-    """Wait for the rows that ``token`` stands for, and lay them among zeros.
+def finish_rows(
+    tokens: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, after: Sequence[Tensor]
+) -> Tensor:
+    """Wait for the rows that ``tokens`` stand for, and lay them among zeros.
 
     Args:
-        token: given by the start.
+        tokens: given by the starts.
         shape: of the result.
         dtype: of the rows.
         after: what is to be started before.
     """
-    flight = _flights.pop(token.data_ptr())
-    flight.landed()
-    result = token.new_zeros(tuple(shape), dtype=dtype)
-    flight.put(result)
+    flown = [_flights.pop(token.data_ptr()) for token in tokens]
+    for flight, _, _ in flown:
+        flight.landed()
+    result = tokens[0].new_zeros(tuple(shape), dtype=dtype)
+    for flight, first, second in flown:
+        assert flight.arriving is not None
+        first, second = first[flight.arriving], second[flight.arriving]
+        result[_on(result, first), _on(result, second)] = flight.rows.source[0]
     return result
 
 
 @start_fetch.register_fake
+def _(local: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]) -> Tensor:
+    return local.new_empty(1)
+
+
 @start_return.register_fake
-def _(rows: Tensor, chosen: Tensor, number: int, matrices: int, after: Sequence[Tensor]) -> Tensor:
-    return rows.new_empty(1)
+def _(
+    values: Tensor, chosen: Tensor, number: int, matrices: int, before: int, after: Sequence[Tensor]
+) -> Tensor:
+    return values.new_empty(1)
 
 
 @finish_rows.register_fake
-def _(token: Tensor, shape: Sequence[int], dtype: torch.dtype, after: Sequence[Tensor]) -> Tensor:
-    return token.new_empty(tuple(shape), dtype=dtype)
+def _(tokens: Sequence[Tensor], shape: Sequence[int], dtype: torch.dtype, after: Sequence[Tensor]) -> Tensor:
+    return tokens[0].new_empty(tuple(shape), dtype=dtype)
 
 
 # A rank that holds none of the rows has no use for the results, but the others wait for it: a compiler must not leave
@@ -283,9 +286,15 @@ for _operator in ("start_fetch", "start_return", "finish_rows"):
     has_side_effect(getattr(torch.ops.dion_dtensor, _operator).default)
 
 
-def _token(flight: Flight) -> Tensor:
+def _on(other: Tensor, index: Tensor) -> Tensor:
+    """``index`` where ``other`` lies; the host need not wait for what is queued there."""
+    return index.to(other.device, non_blocking=True)
+
+
+def _token(flight: Flight, first: Tensor, second: Tensor) -> Tensor:
+    """What stands for a flight whose rows belong at ``[first, second]`` of the result."""
     token = flight.rows.source.new_empty(1)
-    _flights[token.data_ptr()] = flight
+    _flights[token.data_ptr()] = flight, first, second
     return token
 
 
@@ -294,6 +303,11 @@ def _sent(rows: Rows, at: Tensor, target: Tensor, way: Route, order: Sequence[in
     flight, at = Flight(rows), at.clone()
     for axis in order:
         flight = _hop(flight.landed(), at, target[:, axis], way, axis)
+    if flight.arriving is None:
+        # A copy: the source may be what the operator was given, which the caller may write into before they are laid.
+        kept = torch.arange(len(flight.rows.which))
+        copy = flight.rows.taken(kept).unsqueeze(0)
+        flight = Flight(Rows(copy, torch.zeros_like(kept), kept, flight.rows.which), kept)
     return flight
 
 

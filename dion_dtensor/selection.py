@@ -184,7 +184,7 @@ def on_rows(
     chosen: Tensor,
     *states: Tensor,
     assemble: bool = False,
-    after: Sequence[Tensor] = (),
+    chain: list[Tensor] | None = None,
 ) -> Any:
     """``function`` on whole matrices made of the chosen rows; where rows are sharded, only those travel.
 
@@ -195,13 +195,14 @@ def on_rows(
         chosen: ``[N, k]``, ascending indices of rows, the same on every rank (:func:`largest_rows`).
         states: ``[N, m, 1]``, a value for each row.
         assemble: bring all rows together before the choice, by ordinary collectives.
-        after: what other collectives of the step gave; see :mod:`dion_dtensor.exchange`.
+        chain: what other collectives of the step gave, never empty tensors, after which rows travel (see
+            :mod:`dion_dtensor.exchange`); changed to what comes after them.
 
     Returns:
         ``[N, m, n]``, zero but for the chosen rows; with ``states`` a tuple, with each of them changed in these rows.
     """
     if isinstance(stack, DTensor):
-        result = _on_shards(function, stack, chosen, states, assemble, after)
+        result = _on_shards(function, stack, chosen, states, assemble, [] if chain is None else chain)
     else:
         result = function(_rows(stack, chosen), *(_rows(state, chosen) for state in states))
         result = result if isinstance(result, tuple) else (result,)
@@ -216,12 +217,12 @@ def _on_shards(
     chosen: Tensor,
     states: tuple[Tensor, ...],
     assemble: bool,
-    after: Sequence[Tensor],
+    chain: list[Tensor],
 ) -> tuple[Tensor, ...]:
     """The directions as ``stack`` lies, and the new values ``[N, k, 1]`` of the states on every rank."""
     whole = [local_of(whole_dim(state, 1)) for state in states]
     if algebra.axes_sharding(stack.placements, 1) and not assemble:
-        return _exchanged(function, stack, chosen, whole, after)
+        return _exchanged(function, stack, chosen, whole, chain)
     rows = _rows(local_of(whole_dim(stack, 1)), chosen)
     placements = algebra.of_exchanged(stack.placements, ())
     values, *new = _worked(function, rows, [_rows(state, chosen) for state in whole], stack, placements)
@@ -233,7 +234,7 @@ def _exchanged(
     stack: DTensor,
     chosen: Tensor,
     states: list[Tensor],
-    after: Sequence[Tensor],
+    chain: list[Tensor],
 ) -> tuple[Tensor, ...]:
     """Where rows are sharded: the chosen ones alone travel, in two turns where that is much, as whole matrices do.
 
@@ -249,27 +250,24 @@ def _exchanged(
     stacks, choices = torch.split(local, lengths), torch.split(chosen, lengths)
     here = torch.split(on_host(chosen), lengths)
     own = [torch.split(state, lengths) for state in states]
-    last, leaving, returning = [*states, *map(local_of, after)], [], []
+    last, leaving, returning = [*states, *map(local_of, chain)], [], []
     for turn, matrices in enumerate(padded):
         leaving.append(start_fetch(stacks[turn], here[turn], number, matrices, last))
         last = [leaving[turn]]
     changed: list[list[Tensor]] = [[] for _ in states]
-    dtypes = []
     for turn, matrices in enumerate(padded):
-        rows = finish_rows(leaving[turn], (matrices // ranks, k, local.shape[2]), local.dtype, last)
+        rows = finish_rows([leaving[turn]], (matrices // ranks, k, local.shape[2]), local.dtype, last)
         values_of = [_own_block(_rows(state[turn], choices[turn]), mesh, split, matrices) for state in own]
         values, *new = _worked(function, rows, values_of, stack, placements)
         new = [_all_blocks(one, mesh, split)[: lengths[turn]] for one in new]
         for so_far, one in zip(changed, new, strict=True):
             so_far.append(one)
-        returning.append(start_return(values, here[turn], number, matrices, new))
+        after = [*new, *last]
+        returning.append(start_return(values, here[turn], number, matrices, sum(lengths[:turn]), after))
         last = [returning[turn]]
-        dtypes.append(values.dtype)
-    back = [
-        finish_rows(token, (length, *local.shape[1:]), dtype, last)
-        for token, length, dtype in zip(returning, lengths, dtypes, strict=True)
-    ]
-    return from_local(_joined(back), mesh, storage, tuple(stack.shape)), *map(_joined, changed)
+    back = finish_rows(returning, (count, *local.shape[1:]), values.dtype, last)
+    chain[:] = last
+    return from_local(back, mesh, storage, tuple(stack.shape)), *map(_joined, changed)
 
 
 def _joined(parts: list[Tensor]) -> Tensor:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from dion_dtensor import placements as algebra
 from dion_dtensor.alltoall import exchanges, start_exchange
 from dion_dtensor.assembly import from_local
-from dion_dtensor.layout import compute_placements
+from dion_dtensor.layout import compute_placements, shard_dim
 
 __all__ = ["in_turns", "on_whole_matrices"]
 
@@ -104,8 +104,8 @@ def in_turns(stack: DTensor, rows: int, ranks: int, count: int) -> list[int]:
     """
     # Not of the local shard, since shards may be uneven.
     size = stack.numel() * rows // max(stack.shape[1], 1) * stack.element_size()
-    for dim in range(stack.ndim):
-        for axis in algebra.axes_sharding(stack.placements, dim):
+    for axis, placement in enumerate(stack.placements):
+        if shard_dim(placement) is not None:
             size //= stack.device_mesh.size(axis)
     share = count // ranks
     if share < 2 or size < OVERLAP_BYTES:

@@ -187,7 +187,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.flops: defaultdict[str, float] = defaultdict(float)
         self.within = False
         self.live = self.peak = 0
-        self._flights: dict[int, tuple[int, int, int]] = {}
+        self._flights: dict[int, tuple[int, int]] = {}
         self.known = {tensor.untyped_storage()._cdata for tensor in given}
 
     def __torch_dispatch__(
@@ -213,14 +213,14 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise NotImplementedError(f"{name} is a collective whose bytes are not counted yet")
         elif name in ("dion_dtensor.start_fetch", "dion_dtensor.start_return"):
             self._flights[result.untyped_storage()._cdata] = self._rows(name.endswith("fetch"), args)
-        landed = copied = 0
-        if name == "dion_dtensor.finish_rows":
-            sent, landed, copied = self._flights.pop(args[0].untyped_storage()._cdata)
+        landed = 0
+        for token in args[0] if name == "dion_dtensor.finish_rows" else ():
+            sent, arrived = self._flights.pop(token.untyped_storage()._cdata)
             self.live -= sent
+            landed += arrived
         for tensor in result if isinstance(result, tuple | list) else (result,):
             if isinstance(tensor, Tensor):
                 self._made(tensor)
-        self.peak = max(self.peak, self.live + copied)
         self.live -= landed
         return result
 
@@ -228,33 +228,36 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.transfers.append(collective(name, axis, self.sizes[axis], size))
         self.collectives.append((axis, int(size)))
 
-    def _rows(self, fetch: bool, args: tuple[Any, ...]) -> tuple[int, int, int]:
+    def _rows(self, fetch: bool, args: tuple[Any, ...]) -> tuple[int, int]:
         """Which rows travel depends on the data: as many as if every rank held as many of them as any other.
 
         Returns:
-            Bytes of what is sent on the last hop and of what arrives, which take memory until it is waited for, and of
-            what is copied then.
+            Bytes of what is sent on the last hop and of what arrives, which take memory until it is waited for.
         """
         values, chosen, route = args[0], args[1], exchange._routes[args[2]]
         before, after = (route.sharded, route.split) if fetch else (route.split, route.sharded)
         rows, width = float(chosen.numel()), values.shape[2] * values.element_size()
         for size, shared in zip(route.sizes, before, strict=True):
             rows /= size if shared else 1
-        sent = arrived = copied = 0
+        sent = arrived = 0
+        travels = False
         for axis in route.order if fetch else reversed(route.order):
             size = route.sizes[axis]
             if not before[axis]:  # nothing travels; where the ranks share afterwards, each keeps its part
                 rows /= size if after[axis] else 1
-                sent, copied = 0, int(rows * width)
+                sent, travels = 0, False
                 continue
-            held, copied = rows * width, 0
+            held, travels = rows * width, True
             rows *= 1 if after[axis] else size
             name = "all_to_all" if after[axis] else "all_gather"
             self._sent(name, self.axes[route.groups[axis].group_name], held)
             kept, sent, arrived = arrived, int(held if after[axis] else held * size), int(rows * width)
             self.peak = max(self.peak, self.live + kept + sent + arrived)
+        if not travels:  # copied, lest they be written over
+            kept, arrived = arrived, int(rows * width)
+            self.peak = max(self.peak, self.live + kept + arrived)
         self.live += sent + arrived
-        return sent, arrived, copied
+        return sent, arrived
 
     def _made(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()

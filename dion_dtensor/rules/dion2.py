@@ -86,17 +86,20 @@ def _on_blocks(momentum: Tensor, split: Split, hyper: Hyper) -> tuple[Tensor, Te
     directions, decayed = [], momentum
     # First, so that all collectives before the slices travel have an order.
     sums = row_sums(momentum) if wide else None
+    chain = [] if sums is None else [sums]
     if tall:
         direction, mask = on_columns_of_blocks(
             *(orthonormalize, rounded, momentum, blocks, tall, number),
             assemble=assemble,
-            after=[] if sums is None else [sums],
+            chain=chain,
         )
         directions.append(direction)
         decayed = scaled_where(decayed, mask, hyper.mu)
     if sums is not None:
         direction, chosen = on_rows_of_blocks(
-            *(orthonormalize, rounded, sums, blocks, wide, number), assemble=assemble, after=directions
+            *(orthonormalize, rounded, sums, blocks, wide, number),
+            assemble=assemble,
+            chain=[*chain, *directions],
         )
         directions = [*directions, direction]
         decayed = scaled_rows(decayed, chosen, hyper.mu)
