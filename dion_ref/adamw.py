@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from dion_ref import validation
-from dion_ref.hyper import CommonHyper, number, two_betas
+from dion_ref.hyper import CommonHyper, set_number, two_betas
 from dion_ref.matrices import Split, init_pieces, step_pieces
 from dion_ref.precision import FLOAT64, Precision
 from dion_ref.update import decay
@@ -24,7 +24,7 @@ class Hyper(CommonHyper):
     """The hyperparameters of AdamW.
 
     Args:
-        betas: decay of the first and second moment, each in [0, 1).
+        betas: decay of the first and second moment, each in [0, 1); a list becomes a tuple.
         epsilon: positive; outside the root, after bias correction.
     """
 
@@ -33,8 +33,8 @@ class Hyper(CommonHyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        two_betas(self.betas)
-        number("epsilon", self.epsilon, low=0, open_low=True)
+        object.__setattr__(self, "betas", two_betas(self.betas))
+        set_number(self, "epsilon", low=0, open_low=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +92,7 @@ def step(
     shape = tuple(param.shape)
     validation.state_tensors(state, precision, exp_avg=shape, exp_avg_sq=shape)
     beta1, beta2 = hyper.betas
-    t = state.step + 1
+    t = int(state.step) + 1
     m = beta1 * state.exp_avg + (1 - beta1) * grad
     v = beta2 * state.exp_avg_sq + (1 - beta2) * grad.square()
     U = m / (v.sqrt() / math.sqrt(1 - beta2**t) + hyper.epsilon)

@@ -14,8 +14,8 @@ from dion_ref.hyper import (
     WEIGHT_STORAGES,
     checked_polynomial,
     flag,
-    number,
     one_of,
+    set_number,
 )
 from dion_ref.polynomials import Triple
 
@@ -55,10 +55,10 @@ class Convention:
         if self.bias_correction and self.momentum != "ema":
             raise ValueError('bias_correction needs momentum="ema": a sum has no weights that add up to 1')
         object.__setattr__(self, "polynomial", checked_polynomial(self.polynomial))
-        number("epsilon", self.epsilon, low=0, open_low=True)
+        set_number(self, "epsilon", low=0, open_low=True)
         one_of("epsilon_rule", self.epsilon_rule, EPSILON_RULES)
         if self.norm_factor is not None:
-            number("norm_factor", self.norm_factor, low=0, open_low=True)
+            set_number(self, "norm_factor", low=0, open_low=True)
         one_of("scale", self.scale, SCALES)
         one_of("weight_storage", self.weight_storage, WEIGHT_STORAGES)
 

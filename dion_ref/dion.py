@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dion_ref import philox, validation
-from dion_ref.hyper import MatrixHyper, fraction
+from dion_ref.hyper import MatrixHyper, fraction, integer
 from dion_ref.linalg import DEAD_FACTOR, norm, normalize_columns, ordered_basis
 from dion_ref.matrices import Split, each_matrix, init_pieces, step_pieces
 from dion_ref.precision import FLOAT64, Precision
@@ -33,11 +33,8 @@ class LowRankHyper(MatrixHyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fraction("rank_fraction", self.rank_fraction)
-        if isinstance(self.rank_multiple, bool) or not isinstance(self.rank_multiple, int):
-            raise TypeError(f"rank_multiple must be an int, got {self.rank_multiple!r}")
-        if self.rank_multiple < 1:
-            raise ValueError(f"rank_multiple must be >= 1, got {self.rank_multiple}")
+        object.__setattr__(self, "rank_fraction", fraction("rank_fraction", self.rank_fraction))
+        object.__setattr__(self, "rank_multiple", integer("rank_multiple", self.rank_multiple, low=1))
 
     def rank(self, rows: int, columns: int) -> int:
         """r of a whole logical matrix ``[rows, columns]``."""

@@ -31,7 +31,7 @@ class SelectionHyper(PolynomialHyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        fraction("fraction", self.fraction)
+        object.__setattr__(self, "fraction", fraction("fraction", self.fraction))
 
     def count(self, size: int) -> int:
         """How many of ``size`` slices are selected: ``max(1, ceil(fraction * size))``, in exact rationals."""

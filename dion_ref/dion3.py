@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dion_ref import validation
 from dion_ref.dion2 import SelectionHyper
-from dion_ref.hyper import number
+from dion_ref.hyper import set_number
 from dion_ref.linalg import top_slices
 from dion_ref.matrices import Split, each_matrix, init_pieces, step_pieces
 from dion_ref.normuon import normalize_rows
@@ -34,8 +34,8 @@ class Hyper(SelectionHyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("beta2", self.beta2, low=0, high=1)
-        number("variance_epsilon", self.variance_epsilon, low=0, open_low=True)
+        set_number(self, "beta2", low=0, high=1)
+        set_number(self, "variance_epsilon", low=0, open_low=True)
 
 
 @dataclass(frozen=True, eq=False)

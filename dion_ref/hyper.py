@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from numbers import Integral, Real
 from typing import Any
 
 from dion_ref.polynomials import POLYNOMIALS, Triple
@@ -17,30 +19,73 @@ EXACT = "exact"
 """The polynomial's name that asks for the exact polar factor."""
 
 
-def number(field: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> None:
+def _is_real(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def number(field: str, value: Any, *, low: float, high: float = math.inf, open_low: bool = False) -> float:
     """Refuse anything but a finite number in [low, high), or (low, high) with ``open_low``.
 
+    Returns:
+        The number: an int or float as it is, any other real number (a scalar of NumPy) as a float.
+
     Raises:
-        TypeError: not an int or float.
+        TypeError: no real number, or a bool.
         ValueError: out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_real(value):
         raise TypeError(f"{field} must be a number, got {value!r}")
     if not ((low < value if open_low else low <= value) and value < high):
         raise ValueError(f"{field} must lie in {'(' if open_low else '['}{low}, {high}), got {value!r}")
+    # NumPy's float32 would round what it is combined with to float32
+    return value if type(value) in (int, float) else float(value)
 
 
-def fraction(field: str, value: Any) -> None:
-    """Refuse anything but a number in (0, 1].
+def set_number(
+    owner: object, field: str, *, low: float, high: float = math.inf, open_low: bool = False
+) -> None:
+    """Check a field of a frozen dataclass by ``number``, and keep what that returns.
 
     Raises:
-        TypeError: not a number.
+        TypeError, ValueError: as ``number``.
+    """
+    checked = number(field, getattr(owner, field), low=low, high=high, open_low=open_low)
+    object.__setattr__(owner, field, checked)
+
+
+def fraction(field: str, value: Any) -> float:
+    """Refuse anything but a number in (0, 1].
+
+    Returns:
+        The number: an int or float as it is, any other real number as the float of the decimal that it prints as.
+
+    Raises:
+        TypeError: no real number, or a bool.
         ValueError: out of range.
     """
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
+    if not _is_real(value):
         raise TypeError(f"{field} must be a number, got {value!r}")
     if not 0 < value <= 1:
         raise ValueError(f"{field} must lie in (0, 1], got {value!r}")
+    # the decimal, since float(np.float32(0.28)) is a little more and would select one slice of 25 more
+    return value if type(value) in (int, float) else float(Fraction(str(value)))
+
+
+def integer(field: str, value: Any, *, low: int | None = None) -> int:
+    """Refuse anything but an integer of at least ``low``.
+
+    Returns:
+        It, as an int.
+
+    Raises:
+        TypeError: no integer (a scalar of NumPy may be one), or a bool.
+        ValueError: below ``low``.
+    """
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{field} must be an int, got {value!r}")
+    if low is not None and int(value) < low:
+        raise ValueError(f"{field} must be >= {low}, got {value}")
+    return int(value)
 
 
 def flag(field: str, value: Any) -> None:
@@ -63,17 +108,19 @@ def one_of(field: str, value: Any, allowed: Sequence[Any]) -> None:
         raise ValueError(f"{field} must be one of {', '.join(map(repr, allowed))}; got {value!r}")
 
 
-def two_betas(value: Any) -> None:
-    """Refuse anything but two numbers in [0, 1).
+def two_betas(value: Any) -> tuple[float, float]:
+    """Refuse anything but a tuple or list of two numbers in [0, 1).
+
+    Returns:
+        Both, as ``number`` returns them.
 
     Raises:
         TypeError: not a pair of numbers.
         ValueError: out of range.
     """
-    if not isinstance(value, tuple) or len(value) != 2:
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"betas must be a pair of numbers, got {value!r}")
-    for index, beta in enumerate(value):
-        number(f"betas[{index}]", beta, low=0, high=1)
+    return number("betas[0]", value[0], low=0, high=1), number("betas[1]", value[1], low=0, high=1)
 
 
 def checked_polynomial(value: Any) -> str | tuple[Triple, ...]:
@@ -115,8 +162,8 @@ class CommonHyper:
     cautious: bool = False
 
     def __post_init__(self) -> None:
-        number("lr", self.lr, low=0)
-        number("weight_decay", self.weight_decay, low=0)
+        set_number(self, "lr", low=0)
+        set_number(self, "weight_decay", low=0)
         flag("cautious", self.cautious)
 
 
@@ -138,8 +185,8 @@ class MatrixHyper(CommonHyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("mu", self.mu, low=0, high=1)
-        number("epsilon", self.epsilon, low=0, open_low=True)
+        set_number(self, "mu", low=0, high=1)
+        set_number(self, "epsilon", low=0, open_low=True)
         one_of("scale", self.scale, SCALES)
         one_of("weight_storage", self.weight_storage, WEIGHT_STORAGES)
 
@@ -163,4 +210,4 @@ class PolynomialHyper(MatrixHyper):
         object.__setattr__(self, "polynomial", checked_polynomial(self.polynomial))
         one_of("epsilon_rule", self.epsilon_rule, EPSILON_RULES)
         if self.norm_factor is not None:
-            number("norm_factor", self.norm_factor, low=0, open_low=True)
+            set_number(self, "norm_factor", low=0, open_low=True)

@@ -23,14 +23,14 @@ class Hyper(CommonHyper):
     """The hyperparameters of Lion.
 
     Args:
-        betas: weight of the momentum in the update, and decay of the momentum, each in [0, 1).
+        betas: weight of the momentum in the update, and decay of the momentum, each in [0, 1); a list becomes a tuple.
     """
 
     betas: tuple[float, float] = (0.9, 0.95)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        two_betas(self.betas)
+        object.__setattr__(self, "betas", two_betas(self.betas))
 
 
 @dataclass(frozen=True, eq=False)

@@ -146,7 +146,7 @@ def step(
     validation.step_input(param, grad, state, hyper, (Hyper, State), precision, matrices=True)
     assert isinstance(state, State)
     validation.state_tensors(state, precision, momentum=tuple(param.shape))
-    t = state.step + 1
+    t = int(state.step) + 1
 
     def one(W: Tensor, G: Tensor, M: Tensor) -> tuple[Tensor, ...]:
         M, direction = accumulate(M, G, hyper, t)

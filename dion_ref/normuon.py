@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dion_ref import validation
-from dion_ref.hyper import number
+from dion_ref.hyper import set_number
 from dion_ref.linalg import norm
 from dion_ref.matrices import Split, each_matrix, init_pieces, step_pieces
 from dion_ref.muon import MuonHyper, accumulate
@@ -33,8 +33,8 @@ class Hyper(MuonHyper):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        number("beta2", self.beta2, low=0, high=1)
-        number("variance_epsilon", self.variance_epsilon, low=0, open_low=True)
+        set_number(self, "beta2", low=0, high=1)
+        set_number(self, "variance_epsilon", low=0, open_low=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,7 @@ def step(
     validation.state_tensors(
         state, precision, momentum=tuple(param.shape), variance=(*tuple(param.shape[:-1]), 1)
     )
-    t = state.step + 1
+    t = int(state.step) + 1
 
     def one(W: Tensor, G: Tensor, M: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         M, direction = accumulate(M, G, hyper, t)

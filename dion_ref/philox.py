@@ -12,6 +12,8 @@ import math
 import torch
 from torch import Tensor
 
+from dion_ref.hyper import integer
+
 _MASK = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
@@ -74,8 +76,7 @@ def normal(rows: int, columns: int, *, seed: int, name: str, matrix: int = 0) ->
         TypeError: ``seed`` is no integer or ``name`` no string.
         ValueError: a size or ``matrix`` is out of range.
     """
-    if not isinstance(seed, int) or isinstance(seed, bool):
-        raise TypeError(f"seed must be an int, got {seed!r}")
+    seed = integer("seed", seed)
     if not isinstance(name, str):
         raise TypeError(f"name must be a str, got {name!r}")
     if not (0 <= rows <= 1 << 32 and 0 <= columns <= 1 << 32 and 0 <= matrix < 1 << 32):

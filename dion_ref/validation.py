@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dion_ref.hyper import integer
 from dion_ref.precision import Precision
 
 SECOND_MOMENTS = ("variance", "exp_avg_sq")
@@ -107,10 +108,7 @@ def state_tensors(state: Any, precision: Precision, **shapes: tuple[int, ...]) -
         if name in SECOND_MOMENTS and bool((value < 0).any()):
             raise ValueError(f"state.{name} must be >= 0, got {float(value.min())}")
     if any(field.name == "step" for field in fields(state)):
-        if not isinstance(state.step, int) or isinstance(state.step, bool):
-            raise TypeError(f"state.step must be an int, got {state.step!r}")
-        if state.step < 0:
-            raise ValueError(f"state.step must be >= 0, got {state.step}")
+        integer("state.step", state.step, low=0)
 
 
 def _full_name(kind: type) -> str:

@@ -1,0 +1,126 @@
+"""How arguments may be given, and what is said when they are given otherwise."""
+
+from __future__ import annotations
+
+import dataclasses
+import fractions
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from dion_ref import ALGORITHMS, Convention
+
+from .helpers import ALL, LOW_RANK, MATRIX, NEWTON_SCHULZ, SCALAR, gaussian, tensors_of
+
+
+def plain(value):
+    """Python's own numbers all through."""
+    if isinstance(value, tuple):
+        return all(map(plain, value))
+    return type(value) in (int, float, bool, str, type(None))
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_numbers_of_numpy_are_numbers(name):
+    kind = ALGORITHMS[name].Hyper
+    given, wanted = {}, {}
+    for field in dataclasses.fields(kind):
+        if field.name == "norm_factor":
+            given[field.name], wanted[field.name] = np.float32(1.02), float(np.float32(1.02))
+        elif type(field.default) is float and "fraction" not in field.name:
+            given[field.name], wanted[field.name] = np.float32(0.3), float(np.float32(0.3))
+    if name in SCALAR:
+        given["betas"], wanted["betas"] = (np.float32(0.5), np.float64(0.3)), (0.5, 0.3)
+    if name in NEWTON_SCHULZ:
+        given["polynomial"], wanted["polynomial"] = (
+            [np.ones(3, dtype=np.float32).tolist()],
+            ((1.0, 1.0, 1.0),),
+        )
+    if name in LOW_RANK:
+        given["rank_multiple"], wanted["rank_multiple"] = np.int64(8), 8
+    hyper = kind(**given)
+    assert hyper == kind(**wanted)
+    # not only equal: NumPy's float32 would pull the arithmetic down to float32
+    assert all(plain(value) for value in vars(hyper).values())
+    W = gaussian(6, 4)
+    state = ALGORITHMS[name].init(W, hyper)
+    assert ALGORITHMS[name].step(W, W, state, hyper)[0].dtype == torch.float64
+
+
+def test_a_coefficient_or_a_convention_may_be_numpy_s():
+    (step,) = ALGORITHMS["muon"].Hyper(polynomial=[(np.float32(3.5), np.int64(-4), 2)]).polynomial
+    assert step == (3.5, -4.0, 2.0)
+    assert plain(step)
+    convention = Convention(epsilon=np.float32(1e-7), norm_factor=np.float64(1.02))
+    assert convention.epsilon == float(np.float32(1e-7))
+    assert plain((convention.epsilon, convention.norm_factor))
+
+
+def test_ints_and_floats_are_kept_as_they_are():
+    hyper = ALGORITHMS["dion2"].Hyper(lr=1, weight_decay=0, fraction=1)
+    assert [type(value) for value in (hyper.lr, hyper.weight_decay, hyper.fraction)] == [int, int, int]
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, np.float64])
+def test_a_share_is_the_decimal_that_it_prints_as(kind):
+    hyper = ALGORITHMS["dion2"].Hyper(fraction=kind(0.28))
+    assert (hyper.count(25), type(hyper.fraction)) == (7, float)
+    low_rank = ALGORITHMS["dion"].Hyper(rank_fraction=kind(0.28))
+    assert (low_rank.rank(25, 30), type(low_rank.rank_fraction)) == (7, float)
+
+
+def test_a_share_may_be_a_fraction():
+    assert ALGORITHMS["dion2"].Hyper(fraction=fractions.Fraction(1, 4)).fraction == 0.25
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("muon", {"lr": True}),
+        ("muon", {"lr": np.True_}),
+        ("muon", {"lr": torch.tensor(0.1)}),
+        ("dion", {"rank_multiple": True}),
+        ("dion", {"rank_fraction": True}),
+        ("dion", {"rank_multiple": np.float64(8)}),
+        ("dion2", {"fraction": np.True_}),
+        ("adamw", {"betas": (True, 0.9)}),
+        ("adamw", {"betas": {0.9, 0.95}}),
+        ("adamw", {"betas": [0.9, 0.95, 0.99]}),
+        ("lion", {"betas": "ab"}),
+    ],
+)
+def test_what_is_no_number(name, fields):
+    with pytest.raises(TypeError, match=next(iter(fields))):
+        ALGORITHMS[name].Hyper(**fields)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_hyperparameters_come_back_from_json(name):
+    hyper = ALGORITHMS[name].Hyper(**({"polynomial": [(3.0, -3, 1)]} if name in NEWTON_SCHULZ else {}))
+    again = ALGORITHMS[name].Hyper(**json.loads(json.dumps(dataclasses.asdict(hyper))))
+    assert again == hyper
+    assert hash(again) == hash(hyper)
+
+
+@pytest.mark.parametrize("name", ["muon", "normuon", "adamw"])
+def test_a_step_counter_of_numpy(name):
+    algorithm, W = ALGORITHMS[name], gaussian(4, 3)
+    hyper = algorithm.Hyper(**({"momentum": "ema", "bias_correction": True} if name in MATRIX else {}))
+    state = dataclasses.replace(algorithm.init(W, hyper), step=3)
+    new, after = algorithm.step(W, W, state, hyper)
+    again, counted = algorithm.step(W, W, dataclasses.replace(state, step=np.int64(3)), hyper)
+    assert torch.equal(again, new)
+    assert type(counted.step) is int
+    assert counted.step == after.step == 4
+
+
+@pytest.mark.parametrize("name", LOW_RANK)
+def test_seeds_and_indices_of_numpy(name):
+    algorithm, W = ALGORITHMS[name], gaussian(4, 3)
+    hyper = algorithm.Hyper()
+    state = algorithm.init(W, hyper, seed=7, first_matrix=2)
+    again = algorithm.init(W, hyper, seed=np.int32(7), first_matrix=np.uint8(2))
+    for key, value in tensors_of(state).items():
+        assert torch.equal(getattr(again, key), value)
