@@ -64,6 +64,7 @@ def draw_right_factor(
     param: Tensor, hyper: LowRankHyper, *, name: str, seed: int, first_matrix: int, precision: Precision
 ) -> Tensor:
     """Standard normal values by (seed, name, matrix, row, column), the same on every mesh."""
+    first_matrix = integer("first_matrix", first_matrix, low=0)
     rows, columns = param.shape[-2:]
     short, r = min(rows, columns), hyper.rank(rows, columns)
     draws = [
@@ -133,7 +134,7 @@ def init(
         name: the parameter's fully qualified name; with ``seed`` it keys Q.
         seed: any integer.
         split: how ``param`` is cut into logical matrices.
-        first_matrix: running index of the first logical matrix within the parameter.
+        first_matrix: running index of the first logical matrix within the parameter, >= 0.
         precision: the dtypes; Q is drawn in float64 and rounded.
 
     Returns:

@@ -6,13 +6,15 @@ a logical matrix with its own shape for scale, rank and selection.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from dion_ref.hyper import flag, integer
 from dion_ref.precision import Precision
 
 
@@ -40,9 +42,32 @@ def _need_pieces(split: object, pieces: Sequence[Tensor], count: int) -> None:
         raise ValueError(f"{split} merges {count} pieces, got {len(pieces)}")
 
 
-def _check_counts(split: object, field: str, counts: tuple[int, ...]) -> None:
-    if not counts or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in counts):
-        raise ValueError(f"{type(split).__name__}.{field} must be positive integers, got {counts!r}")
+def _counts(split: object, field: str, values: Any) -> tuple[int, ...]:
+    """The values as ints, if they are positive integers (NumPy's too)."""
+    name = f"{type(split).__name__}.{field}"
+    try:
+        counts = tuple(values)
+    except TypeError:
+        raise TypeError(
+            f"{name} must be a sequence of positive integers such as (4, 2, 2), one a block, got {values!r}"
+        ) from None
+    if not counts or any(isinstance(n, bool) or not isinstance(n, Integral) or n < 1 for n in counts):
+        raise ValueError(f"{name} must be positive integers, got {counts!r}")
+    return tuple(int(n) for n in counts)
+
+
+def _need_split(split: Any) -> None:
+    if isinstance(split, Mapping):
+        raise TypeError(
+            "split must be a split such as Rows((4, 2, 2)), got a mapping; if it is that of a test vector, "
+            f"conformance.adapters.oracle.make_split turns it into one: {split!r}"
+        )
+    # a class has both functions too, but no sizes
+    if isinstance(split, type) or not all(callable(getattr(split, n, None)) for n in ("split", "merge")):
+        raise TypeError(
+            "split must be an instance of Rows, Columns, Heads, InterleavedRows, Experts or Flatten, such as "
+            f"Rows((4, 2, 2)) for blocks of 4, 2 and 2 rows, or None; got {split!r}"
+        )
 
 
 @dataclass(frozen=True)
@@ -52,14 +77,14 @@ class Rows:
     ``[sum(sizes), n]`` -> one ``[size, n]`` a block; a stack ``[N, sum(sizes), n]`` -> stacks.
 
     Raises:
-        ValueError: the sizes don't add up to the rows.
+        TypeError: sizes that are no sequence.
+        ValueError: sizes that are no positive integers, or don't add up to the rows.
     """
 
     sizes: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(self.sizes))
-        _check_counts(self, "sizes", self.sizes)
+        object.__setattr__(self, "sizes", _counts(self, "sizes", self.sizes))
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """One piece a block, in order."""
@@ -81,14 +106,14 @@ class Columns:
     ``[n, sum(sizes)]`` -> one ``[size, n]`` a block.
 
     Raises:
-        ValueError: the sizes don't add up to the columns.
+        TypeError: sizes that are no sequence.
+        ValueError: sizes that are no positive integers, or don't add up to the columns.
     """
 
     sizes: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(self.sizes))
-        _check_counts(self, "sizes", self.sizes)
+        object.__setattr__(self, "sizes", _counts(self, "sizes", self.sizes))
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """One piece a block, in order."""
@@ -108,13 +133,13 @@ class Heads:
     """Rows cut into equal blocks, one a head: ``[m, n]`` -> one stack ``[count, m / count, n]``.
 
     Raises:
-        ValueError: ``count`` doesn't divide the rows.
+        ValueError: ``count`` is no positive integer, or doesn't divide the rows.
     """
 
     count: int
 
     def __post_init__(self) -> None:
-        _check_counts(self, "count", (self.count,))
+        object.__setattr__(self, "count", _counts(self, "count", (self.count,))[0])
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """One stack of all heads."""
@@ -137,7 +162,8 @@ class InterleavedRows:
     with ``stacked`` one stack ``[groups, size, n]`` in which each group is a logical matrix of its own.
 
     Raises:
-        ValueError: the sizes of all groups don't add up to the rows.
+        TypeError: sizes that are no sequence, or ``stacked`` no bool.
+        ValueError: sizes or groups that are no positive integers; the sizes of all groups don't add up to the rows.
     """
 
     sizes: tuple[int, ...]
@@ -145,9 +171,9 @@ class InterleavedRows:
     stacked: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "sizes", tuple(self.sizes))
-        _check_counts(self, "sizes", self.sizes)
-        _check_counts(self, "groups", (self.groups,))
+        object.__setattr__(self, "sizes", _counts(self, "sizes", self.sizes))
+        object.__setattr__(self, "groups", _counts(self, "groups", (self.groups,))[0])
+        flag("InterleavedRows.stacked", self.stacked)
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """One piece a size, in order."""
@@ -221,7 +247,13 @@ def init_pieces(init: Callable[..., Any], param: Tensor, split: Split, first_mat
         param: the whole parameter.
         split: how it is cut.
         first_matrix: running index of the first logical matrix.
+
+    Raises:
+        TypeError: ``split`` is no split, ``param`` no tensor or ``first_matrix`` no integer.
+        ValueError: a split that doesn't fit, or a negative ``first_matrix``.
     """
+    _need_split(split)
+    first_matrix = integer("first_matrix", first_matrix, low=0)
     if not isinstance(param, Tensor):
         raise TypeError(f"param must be a torch.Tensor, got {type(param).__name__}")
     states = []
@@ -249,9 +281,10 @@ def step_pieces(
         hyper, split, precision: as given to ``step``.
 
     Raises:
-        TypeError: ``states`` is no tuple.
+        TypeError: ``split`` is no split, ``param`` or ``grad`` no tensor, or ``states`` no tuple.
         ValueError: another number of states than pieces, or ``grad`` of another shape.
     """
+    _need_split(split)
     for name, value in (("param", param), ("grad", grad)):
         if not isinstance(value, Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")

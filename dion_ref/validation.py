@@ -24,9 +24,14 @@ def tensor(name: str, value: Any, precision: Precision, shape: tuple[int, ...] |
         shape: the shape needed, or None for any.
 
     Raises:
-        TypeError: not a plain dense tensor, or of another dtype.
+        TypeError: ``precision`` is no Precision; not a plain dense tensor, or of another dtype.
         ValueError: another shape, or NaN or infinity in it.
     """
+    if not isinstance(precision, Precision):
+        raise TypeError(
+            "precision must be a Precision, such as Precision(storage=torch.float32, compute=torch.float32), "
+            f"got {precision!r}"
+        )
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
     if type(value) not in (Tensor, torch.nn.Parameter) or value.layout != torch.strided:

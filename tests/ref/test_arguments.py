@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from dion_ref import ALGORITHMS, Convention
+from conformance.adapters.oracle import make_split
+from dion_ref import ALGORITHMS, Columns, Convention, Heads, InterleavedRows, Precision, Rows
 
 from .helpers import ALL, LOW_RANK, MATRIX, NEWTON_SCHULZ, SCALAR, gaussian, tensors_of
 
@@ -124,3 +125,99 @@ def test_seeds_and_indices_of_numpy(name):
     again = algorithm.init(W, hyper, seed=np.int32(7), first_matrix=np.uint8(2))
     for key, value in tensors_of(state).items():
         assert torch.equal(getattr(again, key), value)
+
+
+@pytest.mark.parametrize("precision", [torch.float32, "float32", None, Precision])
+@pytest.mark.parametrize("split", [None, Rows((2, 2))])
+@pytest.mark.parametrize("name", ALL)
+def test_a_dtype_is_no_precision(name, split, precision):
+    algorithm, W = ALGORITHMS[name], gaussian(4, 3)
+    hyper = algorithm.Hyper()
+    state = algorithm.init(W, hyper, split=split)
+    wanted = (
+        r"precision must be a Precision, such as Precision\(storage=torch\.float32, compute=torch\.float32\)"
+    )
+    with pytest.raises(TypeError, match=wanted):
+        algorithm.init(W, hyper, split=split, precision=precision)
+    with pytest.raises(TypeError, match=wanted):
+        algorithm.step(W, W, state, hyper, split=split, precision=precision)
+
+
+@pytest.mark.parametrize(
+    ("split", "way_out"),
+    [
+        ((3, 3), r"an instance of Rows, .*, such as Rows\(\(4, 2, 2\)\) .*; got \(3, 3\)"),
+        ("Rows", "an instance of Rows, .*; got 'Rows'"),
+        (Rows, "an instance of Rows, .*; got <class"),
+        ({"kind": "Rows", "sizes": [3, 3]}, r"conformance\.adapters\.oracle\.make_split"),
+    ],
+)
+@pytest.mark.parametrize("name", ALL)
+def test_what_is_no_split(name, split, way_out):
+    algorithm, W = ALGORITHMS[name], gaussian(6, 4)
+    hyper = algorithm.Hyper()
+    with pytest.raises(TypeError, match=f"split must be {'.*' if isinstance(split, dict) else ''}{way_out}"):
+        algorithm.init(W, hyper, split=split)
+    states = algorithm.init(W, hyper, split=Rows((3, 3)))
+    with pytest.raises(TypeError, match="split must be "):
+        algorithm.step(W, W, states, hyper, split=split)
+
+
+def test_the_way_out_of_a_test_vector_s_split_leads_somewhere():
+    assert make_split({"kind": "Rows", "sizes": [3, 3]}) == Rows((3, 3))
+
+
+def test_a_split_of_one_s_own():
+    class Halves:
+        def split(self, tensor):
+            return torch.split(tensor, tensor.shape[0] // 2)
+
+        def merge(self, pieces, shape):
+            return torch.cat(tuple(pieces)).reshape(tuple(shape))
+
+    algorithm, W = ALGORITHMS["muon"], gaussian(6, 4)
+    hyper = algorithm.Hyper()
+    results = [
+        algorithm.step(W, W, algorithm.init(W, hyper, split=split), hyper, split=split)[0]
+        for split in (Halves(), Rows((3, 3)))
+    ]
+    assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("kind", [Rows, Columns, lambda sizes: InterleavedRows(sizes, 2)])
+@pytest.mark.parametrize("sizes", [3, None, torch.tensor(3)])
+def test_sizes_that_are_no_sequence(kind, sizes):
+    with pytest.raises(
+        TypeError, match=r"\.sizes must be a sequence of positive integers such as \(4, 2, 2\)"
+    ):
+        kind(sizes)
+
+
+@pytest.mark.parametrize("stacked", ["yes", 1, None])
+def test_stacked_is_a_bool(stacked):
+    with pytest.raises(TypeError, match=r"InterleavedRows\.stacked must be a bool"):
+        InterleavedRows((2, 1), 2, stacked=stacked)
+
+
+def test_sizes_of_numpy():
+    assert Rows(np.array([4, 2])) == Rows([4, 2]) == Rows((4, 2))
+    assert Heads(np.int64(2)) == Heads(2)
+    splits = [Rows(np.array([4, 2])), Heads(np.int64(2)), InterleavedRows(np.array([2, 1]), np.int32(2))]
+    for split in splits:
+        assert all(plain(value) for value in vars(split).values())
+        X = gaussian(6, 4)
+        assert torch.equal(split.merge(split.split(X), X.shape), X)
+
+
+@pytest.mark.parametrize(
+    ("value", "error"), [(1.5, TypeError), ("a", TypeError), (True, TypeError), (-1, ValueError)]
+)
+def test_first_matrix(value, error):
+    for name in LOW_RANK:
+        with pytest.raises(error, match="first_matrix must be "):
+            ALGORITHMS[name].init(gaussian(6, 4), ALGORITHMS[name].Hyper(), first_matrix=value)
+    for name in ALL:
+        with pytest.raises(error, match="first_matrix must be "):
+            ALGORITHMS[name].init(
+                gaussian(6, 4), ALGORITHMS[name].Hyper(), split=Rows((3, 3)), first_matrix=value
+            )
