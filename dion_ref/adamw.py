@@ -97,4 +97,6 @@ def step(
     v = beta2 * state.exp_avg_sq + (1 - beta2) * grad.square()
     U = m / (v.sqrt() / math.sqrt(1 - beta2**t) + hyper.epsilon)
     W = decay(param, U, hyper) - hyper.lr / (1 - beta1**t) * U
-    return W, State(m, v, t)
+    new = State(m, v, t)
+    validation.step_output(W, new, precision)
+    return W, new

@@ -103,4 +103,6 @@ def step(
         return apply_update(W, U, hyper), M
 
     W, M = each_matrix(one, param, grad, state.momentum)
-    return W, State(M)
+    new = State(M)
+    validation.step_output(W, new, precision)
+    return W, new

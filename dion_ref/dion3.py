@@ -105,4 +105,6 @@ def step(
         return apply_update(W, U, hyper), M, v.index_copy(0, K, v_selected)
 
     W, M, v = each_matrix(one, param, grad, state.momentum, state.variance)
-    return W, State(M, v)
+    new = State(M, v)
+    validation.step_output(W, new, precision)
+    return W, new

@@ -84,4 +84,6 @@ def step(
     beta1, beta2 = hyper.betas
     U = torch.sign(beta1 * state.exp_avg + (1 - beta1) * grad)
     m = beta2 * state.exp_avg + (1 - beta2) * grad
-    return decay(param, U, hyper) - hyper.lr * U, State(m)
+    W, new = decay(param, U, hyper) - hyper.lr * U, State(m)
+    validation.step_output(W, new, precision)
+    return W, new

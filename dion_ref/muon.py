@@ -140,6 +140,7 @@ def step(
 
     Raises:
         TypeError, ValueError: see ``validation``.
+        OverflowError: NaN or infinity in the new parameter or state.
     """
     if split is not None:
         return step_pieces(step, param, grad, state, hyper, split, precision)
@@ -154,4 +155,6 @@ def step(
         return apply_update(W, U, hyper), M
 
     W, M = each_matrix(one, param, grad, state.momentum)
-    return W, State(M, t)
+    new = State(M, t)
+    validation.step_output(W, new, precision)
+    return W, new

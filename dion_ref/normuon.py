@@ -124,4 +124,6 @@ def step(
         return apply_update(W, U, hyper), M, v
 
     W, M, v = each_matrix(one, param, grad, state.momentum, state.variance)
-    return W, State(M, v, t)
+    new = State(M, v, t)
+    validation.step_output(W, new, precision)
+    return W, new

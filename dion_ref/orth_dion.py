@@ -116,4 +116,6 @@ def step(
         return apply_update(W, U, hyper), B.contiguous(), Q
 
     W, M, Q = each_matrix(one, param, grad, state.momentum, state.Q)
-    return W, State(M, Q)
+    new = State(M, Q)
+    validation.step_output(W, new, precision)
+    return W, new

@@ -16,7 +16,8 @@ class Precision:
             under ``compute`` happens in it, and inputs must have exactly this dtype.
         compute: dtype of the Newton-Schulz iteration (Muon, NorMuon, Dion2, Dion3: the input is normalised
             in ``storage``, cast, iterated, cast back) and of the two outer products P R^T and P Q^T of Dion
-            and Orth-Dion.  SVD, QR, ``M Q``, ``M^T P``, norms, AdamW and Lion ignore it.
+            and Orth-Dion (R is as large as the momentum, and ``step`` refuses what overflows: float16 ends at
+            65504).  SVD, QR, ``M Q``, ``M^T P``, norms, AdamW and Lion ignore it.
 
     Raises:
         TypeError: ``storage`` is neither float32 nor float64, or ``compute`` no floating dtype.

@@ -116,5 +116,24 @@ def state_tensors(state: Any, precision: Precision, **shapes: tuple[int, ...]) -
         integer("state.step", state.step, low=0)
 
 
+def step_output(param: Tensor, state: Any, precision: Precision) -> None:
+    """Check what a ``step`` is about to give back: finite input may overflow.
+
+    Args:
+        param, state: the new ones.
+        precision: as given to ``step``.
+
+    Raises:
+        OverflowError: NaN or infinity in them.
+    """
+    for name, value in {"param": param, **{f"state.{key}": one for key, one in vars(state).items()}}.items():
+        if isinstance(value, Tensor) and not bool(torch.isfinite(value).all()):
+            raise OverflowError(
+                f"the new {name} overflowed: {int((~torch.isfinite(value)).sum())} NaN or infinite values from "
+                "finite input; take a smaller grad, lr or weight_decay, or a wider precision than "
+                f"storage={precision.storage}, compute={precision.compute}"
+            )
+
+
 def _full_name(kind: type) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -221,3 +221,36 @@ def test_first_matrix(value, error):
             ALGORITHMS[name].init(
                 gaussian(6, 4), ALGORITHMS[name].Hyper(), split=Rows((3, 3)), first_matrix=value
             )
+
+
+HALF = Precision(torch.float32, torch.float16)
+SINGLE = Precision(torch.float32, torch.float32)
+OVERFLOWS = [
+    *((name, HALF, 1e10, {}, "state.momentum") for name in LOW_RANK),
+    ("adamw", SINGLE, 1e20, {}, "state.exp_avg_sq"),
+    *((name, SINGLE, 1.0, {"lr": 1e30, "weight_decay": 1e30}, "param") for name in ALL),
+]
+
+
+@pytest.mark.parametrize("split", [None, Rows((4, 2))])
+@pytest.mark.parametrize(("name", "precision", "size", "fields", "what"), OVERFLOWS)
+def test_an_overflow_is_named(name, precision, size, fields, what, split):
+    algorithm, hyper = ALGORITHMS[name], ALGORITHMS[name].Hyper(**fields)
+    W, G = gaussian(6, 4).to(precision.storage), gaussian(6, 4, seed=1).to(precision.storage) * size
+    state = algorithm.init(W, hyper, split=split, precision=precision)
+    with pytest.raises(
+        OverflowError, match=rf"the new {what} overflowed: \d+ NaN or .* than storage={precision.storage}, "
+    ):
+        algorithm.step(W, G, state, hyper, split=split, precision=precision)
+    # the way out that the message names
+    wide = algorithm.init(W.double(), hyper, split=split)
+    new, _ = algorithm.step(W.double(), G.double(), wide, hyper, split=split)
+    assert torch.isfinite(new).all()
+
+
+@pytest.mark.parametrize("name", NEWTON_SCHULZ)
+def test_newton_schulz_normalizes_before_it_rounds(name):
+    algorithm, hyper = ALGORITHMS[name], ALGORITHMS[name].Hyper()
+    W, G = gaussian(6, 4).float(), gaussian(6, 4, seed=1).float() * 1e10
+    new, _ = algorithm.step(W, G, algorithm.init(W, hyper, precision=HALF), hyper, precision=HALF)
+    assert 0 < torch.dist(new, W) < 1
