@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -9,6 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
+
+from dion_ref import ALGORITHMS, FLOAT64
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -38,11 +41,19 @@ def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
 
 
-def test_the_smallest_rule_runs() -> None:
-    (block,) = re.findall(
-        r"```python\n(.*?)```", (ROOT / "docs/adding_a_rule.md").read_text(), flags=re.DOTALL
-    )
+@pytest.mark.parametrize("page", ["docs/adding_a_rule.md", "docs/specification.md"])
+def test_the_sample_of_a_page_runs(page: str) -> None:
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     result = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", block], capture_output=True, text=True, timeout=120
     )
     assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("member", ["init", "step"])
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_specification_has_the_oracle_s_signatures(name: str, member: str) -> None:
+    signature = inspect.signature(getattr(ALGORITHMS[name], member))
+    bare = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+    shown = str(inspect.Signature(bare)).replace("'", '"').replace(repr(FLOAT64), "FLOAT64")
+    assert f"`{member}{shown}`" in (ROOT / "docs/specification.md").read_text()
