@@ -54,9 +54,14 @@ def steps_of(
             weight.grad = lay_out(grad, place, mesh)
         for _ in range(2):
             optimizer.step()
-        token = mock.Mock(side_effect=exchange._token)
+        token, apart = exchange._token, []
+
+        def watched(flight: exchange.Flight, *places: Tensor) -> Tensor:
+            apart.append(flight.work is not None)
+            return token(flight, *places)
+
         with (
-            mock.patch.object(exchange, "_token", token),
+            mock.patch.object(exchange, "_token", watched),
             profile(activities=[ProfilerActivity.CPU]) as profiled,
         ):
             optimizer.step()
