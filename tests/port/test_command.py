@@ -138,7 +138,8 @@ def test_what_is_alike_is_told_once_and_what_is_open_with_its_reason() -> None:
     done = CliRunner().invoke(app, ["port", "tests.port.ports:idle", *only])
     assert done.exit_code == 1
     assert re.search(
-        r"fail: L1/muon/dion/\S+ on one device: update is off by .*\n    and \d\d more like it", done.output
+        r"fail: L1/muon/dion/\S+ on one device: update is off by .*\n    the case: .*\n    and \d\d more like it",
+        done.output,
     )
     assert done.output.count("conformance port tests.port.ports:idle") < 8
     meshes = ["--level", "L4", "--case", "L4/muon/dion/8-S?", "--dtype", "float64"]
