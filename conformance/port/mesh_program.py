@@ -107,6 +107,7 @@ def program(rank: Rank, work: Work) -> None:
     adapter = find(work.adapter) if isinstance(work.adapter, str) else work.adapter
     for index, (case, dtype) in enumerate(work.cases):
         rank.emit(Started(index))
+        dist.barrier()  # so that all watches end together, however long rank 0 has graded the case before
         began = time.perf_counter()
         with watched(work.timeout, rank.index, hung):
             values = run_case(adapter, case, dtype, rank, shared[0])
