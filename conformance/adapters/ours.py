@@ -124,7 +124,7 @@ class SplitAdapter(TorchOptimizerAdapter):
             return found
         split = make_split(spec.split)
         own = optimizer.state[dict(named)[spec.name]]
-        found = {key: value for key, value in found.items() if key not in ("variance", "Q")}
+        found = {key: value for key, value in found.items() if key.split(".")[0] not in ("variance", "Q")}
         for index, piece in enumerate(split.pieces(spec.shape)):
             if "variance" in own:
                 rows = split.split(own["variance"].unsqueeze(0))[index]

@@ -236,7 +236,7 @@ def test_a_run_to_which_momentum_makes_no_difference_says_so(vectors: VectorSet)
 )
 def test_shipped_ports_pass(name: str, vectors: VectorSet) -> None:
     adapter = find(name)
-    selection = Selection(LEVELS, (), ("*/1x1*", "*/13x10*", "*/8x24-fresh"))
+    selection = Selection(LEVELS, (), ("*/1x1*", "*/13x10*", "*/8x24-fresh", "*/14x10-gate-up"))
     found = run_vectors(adapter, adapter.capabilities(), vectors, selection)
     assert [one for one in found.verdicts if one.status in (FAIL, ERROR)] == []
     assert found.count(PASS) > 10
