@@ -1,0 +1,83 @@
+"""Param groups that a user changes after the optimizer was made."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from dion_dtensor import Muon
+from tests.dtensor.small import Small, optimizer_of, train
+
+
+@pytest.mark.parametrize("what", ["group", "parameter"])
+def test_what_is_taken_out_of_the_groups_is_stepped_no_more(what: str) -> None:
+    model = Small()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 1)
+    if what == "group":
+        gone = optimizer.param_groups.pop()["params"]
+    else:
+        gone = [model.up.weight]
+        kept = [p for p in optimizer.param_groups[0]["params"] if p is not model.up.weight]
+        optimizer.param_groups[0]["params"] = kept
+    for parameter in gone:
+        del optimizer.state[parameter]
+    before = [parameter.detach().clone() for parameter in gone]
+    others = model.down.weight.detach().clone()
+    train(model, optimizer, 1)
+    assert all(torch.equal(old, new) for old, new in zip(before, gone, strict=True))
+    assert not torch.equal(others, model.down.weight)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_replaced_groups_are_followed() -> None:
+    model = Small()
+    optimizer = optimizer_of(model)
+    optimizer.param_groups = [dict(group, lr=0.0) for group in optimizer.param_groups]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    assert all(torch.equal(*pair) for pair in zip(before, train(model, optimizer, 1), strict=True))
+    first = optimizer.param_groups[0]
+    apart = [dict(first, params=[parameter]) for parameter in first["params"]]
+    optimizer.param_groups = [*apart, *optimizer.param_groups[1:]]
+    train(model, optimizer, 1)  # each of these matrices is of a shape of its own
+    twins = [nn.Parameter(torch.ones(3, 3)) for _ in range(2)]
+    together = Muon(twins, compile=False)
+    together.param_groups = [dict(together.param_groups[0], params=[twin]) for twin in twins]
+    with pytest.raises(
+        RuntimeError, match=r"parameter 1 .*stepped together with others .*make the optimizer anew"
+    ):
+        together.step()
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "change", "message"),
+    [
+        ("muon", {"lr": "1e-3"}, "lr='1e-3' must be a number"),
+        ("muon", {"lr": float("nan")}, "lr=nan must not be negative"),
+        ("muon", {"mu": 1.5}, "mu=1.5"),
+        ("adamw", {"weight_decay": None}, "weight_decay=None must be a number"),
+        ("dion", {"rank_fraction": 0.25}, "its state was made with .*make the optimizer anew"),
+    ],
+)
+def test_hyperparameters_that_a_schedule_spoils_change_nothing(
+    algorithm: str, change: dict[str, Any], message: str
+) -> None:
+    model = Small()
+    optimizer = optimizer_of(model, algorithm)
+    train(model, optimizer, 1)
+    optimizer.param_groups[0].update(change)
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        train(model, optimizer, 1)
+    assert all(torch.equal(*pair) for pair in zip(before, model.parameters(), strict=True))
+
+
+def test_a_rank_fraction_of_the_same_rank_is_taken() -> None:
+    model = Small()
+    optimizer = optimizer_of(model, "dion", rank_fraction=0.5)
+    optimizer.param_groups[0]["rank_fraction"] = 0.49  # three of six as well
+    train(model, optimizer, 1)
