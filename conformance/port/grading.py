@@ -163,7 +163,7 @@ def grade(case: Case, dtype: str, outcome: Outcome, states: tuple[str, ...] = ("
             case.acceptable and errors["update"][1] is None
         ):  # states alone are off, as another right update has them
             return base.with_status(UNDECIDED, f"{dtype} cannot tell this from what is acceptable")
-        words = [shapes.get(name) or _words(name, *pair) for name, pair in wrong.items()]
+        words = [shapes.get(name) or in_words(name, *pair) for name, pair in wrong.items()]
         return base.with_status(FAIL, "; ".join(words))
     if errors["update"][1] is None:
         return base.with_status(UNDECIDED, f"{dtype} decides nothing here: a right port may be off by half")
@@ -175,7 +175,8 @@ def _fits(value: NDArray[Any], reference: NDArray[Any]) -> bool:
     return [n for n in value.shape if n != 1] == [n for n in reference.shape if n != 1]
 
 
-def _words(name: str, error: float, allowed: float | None) -> str:
+def in_words(name: str, error: float, allowed: float | None) -> str:
+    """How far off a quantity is."""
     return f"{name.removeprefix('state/')} is off by {error:.2g}, allowed {allowed:.2g}"
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 from conformance import launch
 from conformance.adapters import Adapter, Capabilities
-from conformance.port.grading import ERROR, FAIL, PASS, SKIP, UNCLAIMED, UNDECIDED, Verdict
+from conformance.port.grading import ERROR, FAIL, PASS, SKIP, UNCLAIMED, UNDECIDED, Verdict, in_words
 from conformance.port.mesh_cases import MeshCase, claimed_hypers, mesh_cases
 from conformance.port.mesh_program import Finished, Hung, Started, Work, checkpoint_folder, program
 from conformance.port.runner import Selection
@@ -210,8 +210,7 @@ def graded(job: Job, finished: Finished) -> Verdict:
         _blank(job, PASS), errors=finished.errors, seconds=finished.seconds, spectrum=finished.spectrum
     )
     wrong = [
-        f"{name.removeprefix('state/')} is off by {error:.2g}, allowed {allowed:.2g}"
-        + (f", {finished.off[name]}" if name in finished.off else "")
+        in_words(name, error, allowed) + (f", {finished.off[name]}" if name in finished.off else "")
         for name, (error, allowed) in finished.errors.items()
         if allowed is not None and not (math.isfinite(error) and error <= allowed)
     ]

@@ -88,6 +88,14 @@ def step(weight, grad, state, hyper):
 """
 
 
+def said_by(folder: Path, *arguments: str) -> str:
+    """What Python prints there, and its exit status."""
+    done = subprocess.run(
+        [sys.executable, *arguments], capture_output=True, text=True, cwd=folder, timeout=170
+    )
+    return f"{done.stdout}{done.stderr}exit status {done.returncode}"
+
+
 def run_port(folder: Path, muon: str) -> str:
     assert len([line for line in ADAPTER.splitlines() if line.strip()]) <= 15
     package = folder / "my_port"
@@ -96,14 +104,7 @@ def run_port(folder: Path, muon: str) -> str:
     (package / "adapter.py").write_text(ADAPTER)
     command = re.search(r"^conformance port my_port.adapter:adapter$", PAGE, re.MULTILINE)
     assert command
-    done = subprocess.run(
-        [sys.executable, "-m", "conformance.cli", *command[0].split()[1:]],
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=170,
-    )
-    return f"{done.stdout}{done.stderr}exit status {done.returncode}"
+    return said_by(folder, "-m", "conformance.cli", *command[0].split()[1:])
 
 
 def test_a_plain_muon_passes_with_the_pages_adapter(tmp_path: Path) -> None:
@@ -149,21 +150,17 @@ def test_every_option_on_the_page_exists() -> None:
 def run_loop(folder: Path, muon: str) -> str:
     (folder / "my_port.py").write_text(muon)
     (folder / "hold.py").write_text(LOOP)
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore::RuntimeWarning", "hold.py"],  # norms that overflow, on purpose
-        capture_output=True,
-        text=True,
-        cwd=folder,
-        timeout=170,
-    )
-    return f"{done.stdout}{done.stderr}exit status {done.returncode}"
+    # Norms overflow, on purpose.
+    return said_by(folder, "-W", "ignore::RuntimeWarning", "hold.py")
 
 
 def test_the_pages_loop_passes_a_muon_in_numpy_without_torch(tmp_path: Path) -> None:
     said = run_loop(tmp_path, NUMPY)
     assert said.endswith("exit status 0"), said
     *others, count, _ = said.splitlines()
-    passed, every = map(int, re.fullmatch(r"(\d+) of (\d+) pass", count).groups())  # type: ignore[union-attr]
+    found = re.fullmatch(r"(\d+) of (\d+) pass", count)
+    assert found, said
+    passed, every = map(int, found.groups())
     assert every - passed == len(others), said
     assert all(": acceptable: The norm overflowed" in one for one in others), said
     needed = {"state", "schedule:lr", "schedule:mu"}
@@ -323,6 +320,7 @@ def test_specs_from_l3_on_are_as_bare_as_the_page_says() -> None:
             specs.append(spec)
 
     hyper = vectors["L1/muon/dion/13x10-warm"].hyper
+    # It has no step, which is never called.
     port = AdapterPort(Adapter(), "any", {"muon": hyper}, "float32")  # type: ignore[arg-type]
     port.driver("muon", {"one": torch.ones(3, 2), "other": torch.ones(3, 2)}, {})
     assert [(one.name, one.shape) for one in specs] == [("one", (3, 2)), ("other", (3, 2))]
