@@ -99,8 +99,13 @@ class Bucket:
         """Read hyperparameters from ``group`` from now on.
 
         Raises:
-            RuntimeError: they ask for states of other shapes.
+            RuntimeError: they ask for states of other shapes, or for a count of steps that there is not.
         """
+        if self.rule.counts_steps(group) != self._counts_steps:
+            raise RuntimeError(
+                f"{self.members[0].name}: its group began {'with' if self._counts_steps else 'without'} a count of its "
+                "steps, and what decides that (bias_correction) cannot change; make a new optimizer"
+            )
         asked = {key: group[key] for key in self.rule.shapes_state}
         if asked != self._shaped_by:
             first, made = self.members[0], {**group, **self._shaped_by}
@@ -183,11 +188,6 @@ class Bucket:
             pending: mesh axes over which the gradients are not averaged yet.
         """
         self.pending = tuple(sorted({*self.pending, *pending}))
-        if self.rule.counts_steps(self.group) != self._counts_steps:
-            raise RuntimeError(
-                f"{members[0].name}: its group began {'with' if self._counts_steps else 'without'} a count of its "
-                "steps, and what decides that (bias_correction) cannot change; make a new optimizer"
-            )
         if not self._counts_steps:
             return self._step(members, grads, None)
         counts: dict[float, list[int]] = {}
