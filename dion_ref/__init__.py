@@ -7,7 +7,16 @@ and the standard library only.  ``docs/specification.md`` states every rule and 
 from __future__ import annotations
 
 from dion_ref.convention import PRESETS, Convention
-from dion_ref.matrices import Columns, Experts, Flatten, Heads, InterleavedRows, Rows, Split
+from dion_ref.matrices import (
+    Columns,
+    Experts,
+    Flatten,
+    Heads,
+    InterleavedColumns,
+    InterleavedRows,
+    Rows,
+    Split,
+)
 from dion_ref.polynomials import POLYNOMIALS, Polynomial
 from dion_ref.precision import FLOAT64, Precision
 from dion_ref.registry import ALGORITHMS, Algorithm
@@ -23,6 +32,7 @@ __all__ = [
     "Experts",
     "Flatten",
     "Heads",
+    "InterleavedColumns",
     "InterleavedRows",
     "Polynomial",
     "Precision",

@@ -65,8 +65,8 @@ def _need_split(split: Any) -> None:
     # a class has both functions too, but no sizes
     if isinstance(split, type) or not all(callable(getattr(split, n, None)) for n in ("split", "merge")):
         raise TypeError(
-            "split must be an instance of Rows, Columns, Heads, InterleavedRows, Experts or Flatten, such as "
-            f"Rows((4, 2, 2)) for blocks of 4, 2 and 2 rows, or None; got {split!r}"
+            "split must be an instance of Rows, Columns, Heads, InterleavedRows, InterleavedColumns, Experts or "
+            f"Flatten, such as Rows((4, 2, 2)) for blocks of 4, 2 and 2 rows, or None; got {split!r}"
         )
 
 
@@ -194,18 +194,81 @@ class InterleavedRows:
 
 
 @dataclass(frozen=True)
-class Experts:
-    """A 3-D weight ``[E, m, n]`` as a stack of E logical matrices."""
+class InterleavedColumns:
+    """:class:`InterleavedRows` of a weight stored as ``[in, out]``, as the gate and up of gpt-oss's experts are.
+
+    Raises:
+        TypeError: as InterleavedRows.
+        ValueError: as InterleavedRows, of the columns.
+    """
+
+    sizes: tuple[int, ...]
+    groups: int
+    stacked: bool = False
+
+    def __post_init__(self) -> None:
+        rows = self._rows()
+        object.__setattr__(self, "sizes", rows.sizes)
+        object.__setattr__(self, "groups", rows.groups)
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """The tensor itself, a stack."""
-        _need_dims(self, tensor, (3,))
-        return (tensor,)
+        """One piece a size, in order."""
+        _need_dims(self, tensor, (2,))
+        if tensor.shape[1] != self.groups * sum(self.sizes):
+            raise ValueError(
+                f"{self} needs {self.groups * sum(self.sizes)} columns, got {list(tensor.shape)}"
+            )
+        return self._rows().split(tensor.mT)
 
     def merge(self, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """A copy of the stack."""
-        _need_pieces(self, pieces, 1)
-        return pieces[0].clone().reshape(tuple(shape))
+        """Interleave the groups' columns again."""
+        m, n = shape
+        return self._rows().merge(pieces, (n, m)).mT.clone()
+
+    def _rows(self) -> InterleavedRows:
+        return InterleavedRows(self.sizes, self.groups, self.stacked)
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A 3-D weight ``[E, m, n]`` as a stack of E matrices, each a logical one or cut by ``inner``.
+
+    With ``inner``, such as ``Rows((I, I))`` for a fused gate and up, there is a stack for each of its pieces: of the
+    first of every expert, then of the second of every expert.
+
+    Raises:
+        TypeError: ``inner`` is neither a split nor None.
+    """
+
+    inner: Split | None = None
+
+    def __post_init__(self) -> None:
+        if self.inner is not None:
+            _need_split(self.inner)
+
+    def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
+        """The tensor itself, a stack, or a stack a piece."""
+        _need_dims(self, tensor, (3,))
+        if self.inner is None:
+            return (tensor,)
+        of_experts = [self.inner.split(expert) for expert in tensor]
+        return tuple(
+            torch.stack(same) if same[0].ndim == 2 else torch.cat(same)
+            for same in zip(*of_experts, strict=True)
+        )
+
+    def merge(self, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """The experts, whole again, in a new stack."""
+        if self.inner is None:
+            _need_pieces(self, pieces, 1)
+            return pieces[0].clone().reshape(tuple(shape))
+        E, *one = shape
+        of_experts = zip(*(self._per_expert(piece, E) for piece in pieces), strict=True)
+        return torch.stack([self.inner.merge(expert, one) for expert in of_experts])
+
+    @staticmethod
+    def _per_expert(piece: Tensor, E: int) -> list[Tensor]:
+        return list(piece) if len(piece) == E else list(piece.reshape(E, -1, *piece.shape[1:]))
 
 
 @dataclass(frozen=True)

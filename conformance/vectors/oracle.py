@@ -206,5 +206,9 @@ def split_as_data(split: Any) -> dict[str, Any] | None:
     if split is None:
         return None
     values = {one.name: getattr(split, one.name) for one in fields(split)}
-    plain = {key: list(value) if isinstance(value, tuple) else value for key, value in values.items()}
+    plain = {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in values.items()
+        if value is not None
+    }
     return {"kind": type(split).__name__, **plain}

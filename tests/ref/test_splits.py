@@ -5,7 +5,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dion_ref import ALGORITHMS, Columns, Experts, Flatten, Heads, InterleavedRows, Rows
+from dion_ref import (
+    ALGORITHMS,
+    Columns,
+    Experts,
+    Flatten,
+    Heads,
+    InterleavedColumns,
+    InterleavedRows,
+    Rows,
+)
 from dion_ref.philox import normal
 
 from .helpers import ALL, LOW_RANK, gaussian, tensors_of
@@ -17,7 +26,12 @@ SPLITS = [
     (Heads(3), (12, 5), [(3, 4, 5)]),
     (InterleavedRows((4, 2, 2), groups=2), (16, 5), [(8, 5), (4, 5), (4, 5)]),
     (InterleavedRows((4, 2, 2), groups=2, stacked=True), (16, 5), [(2, 4, 5), (2, 2, 5), (2, 2, 5)]),
+    (InterleavedColumns((1, 1), groups=3), (5, 6), [(3, 5), (3, 5)]),
     (Experts(), (3, 4, 5), [(3, 4, 5)]),
+    (Experts(Rows((4, 3))), (3, 7, 5), [(3, 4, 5), (3, 3, 5)]),
+    (Experts(Heads(2)), (3, 8, 5), [(6, 4, 5)]),
+    (Experts(Columns((6,))), (2, 5, 6), [(2, 6, 5)]),
+    (Experts(InterleavedColumns((1, 1), groups=3)), (2, 5, 6), [(2, 3, 5), (2, 3, 5)]),
     (Flatten(), (4, 3, 2, 2), [(4, 12)]),
     (Flatten(), (4, 3, 2), [(4, 6)]),
     (Flatten(), (4, 3, 2, 2, 2), [(4, 24)]),
@@ -45,6 +59,11 @@ def test_which_rows_go_where():
     columns = [piece.flatten().tolist() for piece in Columns((2, 1)).split(numbered(3).mT)]
     assert columns == rows
     assert Heads(2).split(numbered(4))[0].squeeze(-1).tolist() == [[0, 1], [2, 3]]
+    gate, up = InterleavedColumns((1, 1), groups=2).split(numbered(4).mT)
+    assert [gate.flatten().tolist(), up.flatten().tolist()] == [[0, 2], [1, 3]]
+    gates, ups = Experts(Rows((2, 1))).split(numbered(6).view(2, 3, 1))
+    assert gates.squeeze(-1).tolist() == [[0, 1], [3, 4]]
+    assert ups.squeeze(-1).tolist() == [[2], [5]]
     q, k, v = InterleavedRows((2, 1, 1), groups=2).split(numbered(8))
     assert [q.flatten().tolist(), k.flatten().tolist(), v.flatten().tolist()] == [
         [0, 1, 4, 5],
@@ -131,6 +150,8 @@ BAD = [
     (Heads(2), (2, 4, 5), "needs a tensor of 2 dims"),
     (InterleavedRows((2, 1), groups=2), (7, 5), "needs 6 rows"),
     (Experts(), (4, 5), "needs a tensor of 3 dims"),
+    (Experts(Rows((2, 3))), (2, 4, 5), "needs 5 rows"),
+    (InterleavedColumns((2, 1), groups=2), (6, 5), "needs 6 columns"),
     (Flatten(), (4, 5), "needs a tensor of 3 or 4 or 5 dims"),
 ]
 
@@ -151,11 +172,17 @@ def test_a_split_that_does_not_fit(split, shape, message):
         lambda: Heads(0),
         lambda: InterleavedRows((1,), groups=0),
         lambda: InterleavedRows((), groups=1),
+        lambda: InterleavedColumns((1,), groups=0),
     ],
 )
 def test_nonsense_splits(make):
     with pytest.raises(ValueError, match="positive integers"):
         make()
+
+
+def test_experts_are_cut_by_a_split():
+    with pytest.raises(TypeError, match="must be an instance of Rows"):
+        Experts((4, 4))
 
 
 def test_state_and_split_must_agree():
