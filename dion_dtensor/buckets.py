@@ -146,14 +146,12 @@ class Bucket:
         form = self.members[0].form
         if form is None:
             return "-"
-        if form.kind == "whole" and form.entry.mesh is not None:
-            if not isinstance(form.split, self.rule.cuts):
-                return "assembled with its whole parameter and state"
-            return WAYS.get(self.group.get("path", ""), self.rule.way)
-        if not any(form.entry.axes_sharding(dim) for dim in (0, 1)):
+        if not form.travels:
             return "local"
+        if form.cut is not None and not self.rule.cuts(form.cut):
+            return "assembled with its whole parameter and state"
         choice = self.choice
-        return WAYS[choice.way] if choice else self.rule.way
+        return WAYS[choice.way] if choice else WAYS.get(self.group.get("path", ""), self.rule.way)
 
     def _scale(self) -> Tensor:
         """The factor that the group asks for now."""
@@ -168,12 +166,12 @@ class Bucket:
         if len(set(scales)) == 1:
             return torch.tensor(scales[0], dtype=torch.float64, device=self.device)
         assert form is not None
-        assert form.split is not None
+        assert form.cut is not None
+        pieces = form.entry_pieces
         columns = [
-            torch.full((p.count, p.m, 1), s, dtype=torch.float64)
-            for p, s in zip(form.pieces, scales, strict=True)
+            torch.full((p.count, p.m, 1), s, dtype=torch.float64) for p, s in zip(pieces, scales, strict=True)
         ]
-        rows = form.split.merge(columns, (sum(p.count * p.m for p in form.pieces), 1))[0]
+        rows = form.cut.merge(columns, (sum(p.count * p.m for p in pieces), 1))[0]
         values = rows.mT.contiguous() if form.across else rows
         dims = (None, "column") if form.across else ("row", None)
         layout = form.entry.derived(dims, tuple(values.shape), values.dtype)
@@ -319,8 +317,8 @@ class Bucket:
         fixed = {name: group[name] for name in rule.defaults} | {"compute_dtype": self.compute_dtype}
         if "path" in fixed:
             fixed["path"] = path_of(group, self.choice)
-        split = form.split if form and form.kind == "whole" else None
-        cut_by_rule = isinstance(split, rule.cuts)
+        split = form.cut if form else None
+        cut_by_rule = split is not None and rule.cuts(split)
         fixed["split"] = split if cut_by_rule else None
         shapes = [(piece.m, piece.n) for piece in form.pieces] if form else [self.members[0].layout.shape]
         hyper = []
@@ -369,7 +367,7 @@ class Bucket:
         if (choice := self.choice) is not None:
             return choice.way == "assemble"
         form = self.members[0].form
-        return form is not None and (form.kind != "whole" or form.entry.mesh is None)
+        return form is not None and not (form.cut is not None and form.travels)
 
     def _parts(self, members: Sequence[Member], tensors: Sequence[Tensor]) -> list[Tensor]:
         """Local shards of the parameters' shapes as parts of the local stack."""

@@ -3,28 +3,41 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from dion_dtensor.matrices import Columns, Experts, Flatten, Heads, Rows, Split, parse_split
+from dion_dtensor.matrices import (
+    ROW_BLOCKS,
+    Columns,
+    Experts,
+    Flatten,
+    Heads,
+    InterleavedColumns,
+    InterleavedRows,
+    Rows,
+    Split,
+    parse_split,
+)
 from dion_dtensor.optimizer import OrthonormalOptimizer
 from dion_dtensor.rules import RULES
 from dion_dtensor.state import WRAPPER_PREFIXES, without_wrappers
 
 __all__ = ["Audit", "AuditRow", "audit", "param_groups"]
 
-HEADS = ("head", "lm_head", "embed_out")
+HEADS = ("head", "lm_head", "embed_out", "qa_outputs")
 TOP_HEADS = ("output", "classifier", "heads", "fc", "score")
 # Parameters that a module holds itself: a table of positions, a class token.
 TABLE = re.compile(r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings)(_|$)")
 # Biases of experts, decay rates of state-space models.
 NO_MATRIX = re.compile(r"(^|_)(bias|log)$")
-CONVOLUTION, IN_BY_OUT = "convolution", "stored as [in, out]"
+CONVOLUTION, CONVOLUTION_IN_BY_OUT = "convolution", "transposed convolution"
+IN_BY_OUT, EXPERTS_IN_BY_OUT = "stored as [in, out]", "experts stored as [in, out]"
 NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
 MAGNITUDES, EMPTY = "magnitudes of a weight norm", "empty"
+CUT_AS_ASKED = (CONVOLUTION, CONVOLUTION_IN_BY_OUT, IN_BY_OUT, EXPERTS_IN_BY_OUT)
 EXPECTED = ("embedding", "output head", "excluded", NO_STACK, BY_NAME, MAGNITUDES, EMPTY)
 
 
@@ -42,14 +55,16 @@ def param_groups(
     """Sort a model's parameters: matrices to ``algorithm``, everything else to ``scalar``.
 
     To ``scalar`` go embeddings and whatever is tied to one, the output head (the last Linear of a module called "head",
-    "lm_head" or "embed_out", or "output", "classifier", "heads", "fc" or "score" at the top of the model), 0-D and 1-D
-    parameters, and whatever ``exclude`` matches.
-    A convolution's weight is one matrix (``split="flatten"``), the weight of a Hugging Face ``Conv1D`` the transpose of
-    what is stored (``split="columns(out)"``), any other 3-D weight a stack of experts (``split="experts"``) unless one
-    of its dims is one, as of class tokens and layer scales.  Parameters that a module holds itself and whose names
-    speak of positions, tokens or embeddings count as embeddings; ``*bias`` and ``*_log`` of two dims or more go to
-    ``scalar`` too.  Works on plain, FSDP2- and TP-wrapped models, on Hugging Face's and torchvision's.  Nothing tells
-    that experts are stored as ``[E, in, out]`` (gpt-oss): they get the scale of the shape that they are stored in.
+    "lm_head", "embed_out" or "qa_outputs", or "output", "classifier", "heads", "fc" or "score" at the top of the model
+    or of the one module that has all its parameters), 0-D and 1-D parameters, and whatever ``exclude`` matches.
+    A convolution's weight is one matrix (``split="flatten"``; a transposed one's with ``weight_storage="in_out"``,
+    since its rows are inputs), the weight of a Hugging Face ``Conv1D`` the transpose of what is stored
+    (``split="columns(out)"``), any other 3-D weight a stack of experts (``split="experts"``) unless one of its dims is
+    one, as of class tokens and layer scales.  Experts stored as ``[E, in, out]`` (gpt-oss, Llama 4) are told by a
+    ``gate_up_proj`` beside a ``down_proj``, or by an attribute ``is_transposed`` of their module, and step as their
+    transposes.  Parameters that a module holds itself and whose names speak of positions, tokens or embeddings count as
+    embeddings; ``*bias`` and ``*_log`` of two dims or more go to ``scalar`` too.  Works on plain, FSDP2- and TP-wrapped
+    models, on Hugging Face's and torchvision's.
 
     Args:
         model: its trainable parameters are each claimed exactly once.
@@ -60,8 +75,9 @@ def param_groups(
         exclude: regular expressions, searched in the fully qualified names, in all of them where a parameter is tied.
         split: by regular expression, how a weight is cut into logical matrices: sizes of its blocks of rows
             ``(q, k, v)``, or a split or its text (see :mod:`dion_dtensor.matrices`); rows are those of the logical
-            matrix, also of a ``Conv1D``.
-        heads: by regular expression, into how many equal blocks of rows a weight is cut.
+            matrix, also of a ``Conv1D``; of a stack of experts, those of each.
+        heads: by regular expression, into how many equal blocks of rows a weight is cut: heads, or 2 for a fused gate
+            and up of equal sizes, one below the other.
         missing_ok: let pass patterns that match no parameter, as of one configuration for all stages of a pipeline.
 
     Returns:
@@ -87,7 +103,7 @@ def param_groups(
             if not missing_ok and not any(_matches(pattern, names) for names in aliases.values()):
                 raise ValueError(f"{argument} pattern {pattern!r} matches no parameter of the model")
     of_modules = _by_module(model)
-    groups: dict[tuple[str, str | None], dict[str, Any]] = {}
+    groups: dict[tuple[str, str | None, bool], dict[str, Any]] = {}
     for name, parameter in every.items():
         if not parameter.requires_grad:
             continue
@@ -98,42 +114,48 @@ def param_groups(
         why = "excluded" if any(_matches(pattern, names) for pattern in exclude) else None
         why = why or of_modules.get(id(parameter)) or (f"{parameter.ndim}-D" if parameter.ndim < 2 else None)
         cut: str | None = None
-        if matching and why in (None, CONVOLUTION, IN_BY_OUT):
-            how = splits[matching[0]]
-            cut = str(_across(how, parameter) if why == IN_BY_OUT else how)
+        storage = {"weight_storage": "in_out"} if why == CONVOLUTION_IN_BY_OUT else {}
+        if matching and why in (None, *CUT_AS_ASKED):
+            cut = str(_as_stored(splits[matching[0]], parameter, why))
             why = f"{why or f'{parameter.ndim}-D'}, {cut}"
-        elif why == IN_BY_OUT:
-            cut = str(Columns(parameter.shape[1]))
+        elif why in (IN_BY_OUT, EXPERTS_IN_BY_OUT):
+            cut = str(_as_stored(Rows(parameter.shape[-1]), parameter, why))
         elif why is None and 0 in parameter.shape:
             why = EMPTY
         elif why is None and parameter.ndim > 2 and 1 in parameter.shape[:1] + parameter.shape[-2:]:
             why = NO_STACK
-        elif why == CONVOLUTION or (why is None and parameter.ndim > 3):
+        elif why in (CONVOLUTION, CONVOLUTION_IN_BY_OUT) or (why is None and parameter.ndim > 3):
             cut = str(Flatten())
         elif why is None and parameter.ndim == 3:
             cut, why = str(Experts()), "3-D, a stack of matrices"
         to_matrices = why is None or cut is not None or RULES[algorithm].elementwise
         rule, rate = (algorithm, lr) if to_matrices else (scalar, scalar_lr)
         if RULES[rule].elementwise:
-            cut = None
-        key = (rule if to_matrices else "rest", cut)
+            cut, storage = None, {}
+        key = (rule if to_matrices else "rest", cut, bool(storage))
         if key not in groups:
-            groups[key] = {"params": [], "algorithm": rule, "split": cut, "reasons": {}}
+            groups[key] = {"params": [], "algorithm": rule, "split": cut, "reasons": {}, **storage}
             if rate is not None:
                 groups[key]["lr"] = (
                     rate.clone() if isinstance(rate, Tensor) else rate
                 )  # a schedule writes into it
         groups[key]["params"].append((name, parameter))
         groups[key]["reasons"][name] = why or "matrix"
-    return [groups[key] for key in sorted(groups, key=lambda key: (key[0] == "rest", key[1] or ""))]
+    return [groups[key] for key in sorted(groups, key=lambda key: (key[0] == "rest", key[1] or "", key[2]))]
 
 
-def _across(split: Split | None, parameter: Tensor) -> Split | None:
-    """The split by blocks of columns, for a weight whose logical rows are columns."""
-    if isinstance(split, Heads):
-        (piece,) = split.pieces(parameter.mT.shape)
-        return Columns(*[piece.m] * piece.count)
-    return Columns(*split.sizes) if isinstance(split, Rows) else split
+def _as_stored(split: Split | None, parameter: Tensor, why: str | None) -> Split | None:
+    """A split of logical rows, for a weight whose logical rows may be columns and which may hold several experts."""
+    if why in (IN_BY_OUT, EXPERTS_IN_BY_OUT):
+        if isinstance(split, Heads):
+            (piece,) = split.pieces(parameter.mT.shape[-2:])
+            split = Columns(*[piece.m] * piece.count)
+        elif isinstance(split, Rows):
+            split = Columns(*split.sizes)
+        elif isinstance(split, InterleavedRows):
+            split = InterleavedColumns(split.sizes, split.groups, split.stacked)
+    of_experts = parameter.ndim == 3 and why in (None, EXPERTS_IN_BY_OUT) and isinstance(split, ROW_BLOCKS)
+    return Experts(split) if of_experts else split
 
 
 def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -181,13 +203,15 @@ def _by_module(model: nn.Module) -> dict[int, str]:
     found = {}
     modules = dict(model.named_modules())
     names = without_wrappers([f"{name}." if name else "" for name in modules])
+    top_heads = {top + head for top in _tops(_plain_names(model)) for head in TOP_HEADS}
     for name, module in zip(names, modules.values(), strict=True):
         path = name.removesuffix(".")
         if isinstance(module, nn.modules.conv._ConvNd):
-            found.update({id(weight): CONVOLUTION for weight in _weights(module)})
+            kind = CONVOLUTION_IN_BY_OUT if module.transposed else CONVOLUTION
+            found.update({id(weight): kind for weight in _weights(module)})
         elif _is_conv1d(module):
             found.update({id(weight): IN_BY_OUT for weight in _weights(module)})
-        elif path.rsplit(".", 1)[-1] in HEADS or path in TOP_HEADS:
+        elif path.rsplit(".", 1)[-1] in HEADS or path in top_heads:
             layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
             if layers:  # of a classifier of several layers, the last
                 found.update({id(weight): "output head" for weight in _weights(layers[-1])})
@@ -199,14 +223,36 @@ def _by_module(model: nn.Module) -> dict[int, str]:
                 found[id(parameter)] = "embedding"
             elif parameter.ndim > 1 and NO_MATRIX.search(name):
                 found[id(parameter)] = BY_NAME
+            elif parameter.ndim == 3 and 1 not in parameter.shape and _experts_in_by_out(module):
+                found[id(parameter)] = EXPERTS_IN_BY_OUT
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):
             found.update({id(parameter): "embedding" for parameter in module.parameters()})
     return found
 
 
+def _tops(names: Iterable[str]) -> list[str]:
+    """Prefixes of modules that have all parameters: of a model that another holds, as a LightningModule does."""
+    tops, left = [""], [name.split(".") for name in names]
+    while left and all(len(path) > 1 for path in left):
+        firsts = {path[0] for path in left}
+        if len(firsts) > 1 or next(iter(firsts)).isdigit():  # the only layer of a stage is no model
+            break
+        tops.append(f"{tops[-1]}{firsts.pop()}.")
+        left = [path[1:] for path in left]
+    return tops
+
+
 def _is_conv1d(module: nn.Module) -> bool:
     """Whether it is Hugging Face's, of GPT-2."""
     return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)  # fully_shard makes a subclass
+
+
+def _experts_in_by_out(module: nn.Module) -> bool:
+    """Whether a module's gate-up beside its down projection shows experts ``[E, in, out]``, or it says so itself."""
+    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if isinstance(up, Tensor) and isinstance(down, Tensor) and up.ndim == down.ndim == 3:
+        return up.shape[1] == down.shape[2] and up.shape[2] == 2 * down.shape[1]
+    return getattr(module, "is_transposed", False) is True  # as Hugging Face's say
 
 
 @dataclass(frozen=True)

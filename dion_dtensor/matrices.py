@@ -1,7 +1,8 @@
 """Parameter <-> logical matrices: what is orthonormalized as one, by the whole parameter's shape.
 
 A split is written as plain text in a param group, so that it goes through any checkpoint: ``"rows(768, 256, 256)"``,
-``"columns(768, 768, 768)"``, ``"heads(12)"``, ``"interleaved_rows((3, 1, 1), 4)"``, ``"experts"``, ``"flatten"``.
+``"columns(768, 768, 768)"``, ``"heads(12)"``, ``"interleaved_rows((3, 1, 1), 4)"``, ``"interleaved_columns((1, 1),
+64)"``, ``"flatten"``, ``"experts"``, or ``"experts(rows(64, 64))"`` for experts that are cut in turn.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ __all__ = [
     "Experts",
     "Flatten",
     "Heads",
+    "InterleavedColumns",
     "InterleavedRows",
     "Piece",
     "Rows",
@@ -94,41 +96,6 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Blocks of columns of a weight stored as ``[in, out]``, each transposed to the logical ``[block, in]``.
-
-    What ``Conv1D`` of Hugging Face's GPT-2 stores; one block of all columns for a weight that is not fused.
-    """
-
-    sizes: tuple[int, ...]
-
-    def __init__(self, *sizes: int) -> None:
-        object.__setattr__(self, "sizes", Rows(*sizes).sizes)
-
-    def __str__(self) -> str:
-        return f"columns({', '.join(map(str, self.sizes))})"
-
-    def pieces(self, shape: Sequence[int]) -> tuple[Piece, ...]:
-        """One matrix a block."""
-        fits = len(shape) == 2 and shape[1] == sum(self.sizes)
-        _need(self, shape, fits, f"a matrix of {sum(self.sizes)} columns")
-        return tuple(Piece(1, size, shape[0], index) for index, size in enumerate(self.sizes))
-
-    def split(self, stack: Tensor) -> list[Tensor]:
-        """Views; what has a number a logical row comes as a column already."""
-        rows = stack if self._a_number_a_row(stack.shape[1:]) else stack.mT
-        return list(torch.split(rows, list(self.sizes), dim=1))
-
-    def merge(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """The blocks beside one another again."""
-        rows = torch.cat(list(stacks), dim=1)
-        return rows if self._a_number_a_row(shape) else rows.mT.contiguous()
-
-    def _a_number_a_row(self, shape: Sequence[int]) -> bool:
-        return tuple(shape) == (sum(self.sizes), 1)
-
-
-@dataclass(frozen=True)
 class Heads:
     """``count`` blocks of equal size, each a logical matrix."""
 
@@ -194,25 +161,114 @@ class InterleavedRows:
         return torch.cat(blocks, dim=2).flatten(1, 2)
 
 
-@dataclass(frozen=True)
-class Experts:
-    """A weight ``[E, m, n]`` as E logical matrices."""
+class _Across:
+    """Blocks of columns of a weight stored as ``[in, out]``: those of rows of its transpose."""
 
-    def __str__(self) -> str:
-        return "experts"
+    @property
+    def rows(self) -> Split:
+        """The same of the transpose."""
+        raise NotImplementedError
 
     def pieces(self, shape: Sequence[int]) -> tuple[Piece, ...]:
-        """One stack."""
-        _need(self, shape, len(shape) == 3, "three dims [experts, m, n]")
-        return (Piece(shape[0], shape[1], shape[2], 0),)
+        """Those of the transpose."""
+        fits = len(shape) == 2 and shape[1] == self._total
+        _need(self, shape, fits, f"a matrix of {self._total} columns")
+        return self.rows.pieces((shape[1], shape[0]))
 
     def split(self, stack: Tensor) -> list[Tensor]:
-        """A view."""
-        return [stack.flatten(0, 1)]
+        """Those of the transpose; what has a number a logical row comes as a column already."""
+        return self.rows.split(stack if self._a_number_a_row(stack.shape[1:]) else stack.mT)
 
     def merge(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
-        """A view."""
-        return stacks[0].reshape(len(stacks[0]) // shape[0], *shape)
+        """The blocks beside one another again."""
+        number = self._a_number_a_row(shape)
+        rows = self.rows.merge(stacks, shape if number else (shape[1], shape[0]))
+        return rows if number else rows.mT.contiguous()
+
+    @property
+    def _total(self) -> int:
+        raise NotImplementedError
+
+    def _a_number_a_row(self, shape: Sequence[int]) -> bool:
+        return tuple(shape) == (self._total, 1)
+
+
+@dataclass(frozen=True)
+class Columns(_Across):
+    """Blocks of columns of a weight stored as ``[in, out]``, each transposed to the logical ``[block, in]``.
+
+    What ``Conv1D`` of Hugging Face's GPT-2 stores; one block of all columns for a weight that is not fused.
+    """
+
+    sizes: tuple[int, ...]
+
+    def __init__(self, *sizes: int) -> None:
+        object.__setattr__(self, "sizes", Rows(*sizes).sizes)
+
+    def __str__(self) -> str:
+        return f"columns({', '.join(map(str, self.sizes))})"
+
+    @property
+    def rows(self) -> Split:
+        """Blocks of rows of the same sizes."""
+        return Rows(*self.sizes)
+
+    @property
+    def _total(self) -> int:
+        return sum(self.sizes)
+
+
+@dataclass(frozen=True)
+class InterleavedColumns(_Across):
+    """:class:`InterleavedRows` of a weight stored as ``[in, out]``: gpt-oss's gate and up, column by column."""
+
+    sizes: tuple[int, ...]
+    groups: int
+    stacked: bool = False
+
+    def __str__(self) -> str:
+        return str(self.rows).replace("rows", "columns", 1)
+
+    @property
+    def rows(self) -> Split:
+        """Interleaved rows of the same sizes."""
+        return InterleavedRows(self.sizes, self.groups, self.stacked)
+
+    @property
+    def _total(self) -> int:
+        return sum(self.sizes) * self.groups
+
+
+@dataclass(frozen=True)
+class Experts:
+    """A weight ``[E, m, n]`` as E matrices, each a logical one or cut in turn.
+
+    Attributes:
+        inner: how each is cut, a split into blocks: ``Rows(I, I)`` for a fused gate and up; None for not at all.
+    """
+
+    inner: Split | None = None
+
+    def __str__(self) -> str:
+        return "experts" if self.inner is None else f"experts({self.inner})"
+
+    def pieces(self, shape: Sequence[int]) -> tuple[Piece, ...]:
+        """A stack of all experts, or of each of their pieces."""
+        _need(self, shape, len(shape) == 3, "three dims [experts, m, n]")
+        count, m, n = shape
+        if self.inner is None:
+            return (Piece(count, m, n, 0),)
+        return tuple(Piece(count * p.count, p.m, p.n, count * p.first) for p in self.inner.pieces((m, n)))
+
+    def split(self, stack: Tensor) -> list[Tensor]:
+        """A view, unless the experts are cut."""
+        experts = stack.flatten(0, 1)
+        return [experts] if self.inner is None else self.inner.split(experts)
+
+    def merge(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+        """The inverse; a view, unless the experts are cut."""
+        experts = stacks[0] if self.inner is None else self.inner.merge(stacks, shape[1:])
+        return experts.reshape(len(experts) // shape[0], *shape)
 
 
 @dataclass(frozen=True)
@@ -239,10 +295,16 @@ class Flatten:
         return stacks[0].reshape(len(stacks[0]), *shape)
 
 
-ROW_BLOCKS: tuple[type[Split], ...] = (Rows, Columns, Heads, InterleavedRows)
+ROW_BLOCKS: tuple[type[Split], ...] = (Rows, Columns, Heads, InterleavedRows, InterleavedColumns)
 """Splits into blocks of rows, or of a transposed parameter's."""
 SPLITS: tuple[type[Split], ...] = (*ROW_BLOCKS, Experts, Flatten)
-KINDS = {"rows": Rows, "columns": Columns, "heads": Heads, "interleaved_rows": InterleavedRows}
+KINDS = {
+    "rows": Rows,
+    "columns": Columns,
+    "heads": Heads,
+    "interleaved_rows": InterleavedRows,
+    "interleaved_columns": InterleavedColumns,
+}
 
 
 def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
@@ -258,6 +320,11 @@ def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
     if split in ("experts", "flatten"):
         return Experts() if split == "experts" else Flatten()
     match = re.fullmatch(r"(\w+)\((.*)\)", split)
+    if match and match[1] == "experts":
+        inner = parse_split(match[2])
+        if not isinstance(inner, ROW_BLOCKS):
+            raise ValueError(f"split={split!r}: experts are cut into blocks, as in experts(rows(gate, up))")
+        return Experts(inner)
     if match and match[1] in KINDS:
         try:
             arguments = ast.literal_eval(f"({match[2]},)")
@@ -267,13 +334,14 @@ def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
         return made
     raise ValueError(
         f"split={split!r} is unknown; write rows(q, k, v), columns(q, k, v), heads(count), "
-        "interleaved_rows((q, k, v), groups), experts or flatten"
+        "interleaved_rows((q, k, v), groups), interleaved_columns((q, k, v), groups), experts, "
+        "experts(rows(gate, up)) or flatten"
     )
 
 
 def by_rows(split: Split) -> tuple[bool, Split]:
     """Whether a split into blocks is one of columns, and the same as one of (the transposed parameter's) rows."""
-    return (True, Rows(*split.sizes)) if isinstance(split, Columns) else (False, split)
+    return (True, split.rows) if isinstance(split, _Across) else (False, split)
 
 
 def each_piece(function: Callable[..., Any], split: Split | None) -> Callable[..., Any]:

@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Replicate
 
 from dion_dtensor.assembly import local_of, scattered
 from dion_dtensor.layout import StorageLayout, move_shard, owners, shard_dim
-from dion_dtensor.matrices import Columns, Experts, Flatten, Heads, Piece, Split
+from dion_dtensor.matrices import Experts, Flatten, Heads, Piece, Split, by_rows
 from dion_dtensor.philox import normal
 from dion_dtensor.rules import Rule, StateSpec
 
@@ -26,10 +26,10 @@ class Form:
     Attributes:
         kind: "matrix", a shard of one logical matrix; "flat", the same of a convolution; "units", shards of several
             experts or heads; "whole", a shard of the parameter, cut by ``split`` once it is assembled, because
-            shard boundaries cut its logical matrices.
-        entry: layout of one entry of the stack: a logical matrix, or the whole parameter.
+            shard boundaries may cut its logical matrices.
+        entry: layout of one entry of the stack: a logical matrix, an expert, or the whole parameter.
         count: entries on each rank.
-        numbers: which of the parameter's logical matrices this rank's entries are; fewer than ``count`` where other
+        numbers: which of the parameter's experts or heads this rank's entries are; fewer than ``count`` where other
             ranks hold more.
         pieces: the logical matrices by shape.
         split: how the parameter is cut.
@@ -43,9 +43,29 @@ class Form:
     split: Split | None = None
 
     @property
+    def cut(self) -> Split | None:
+        """How an entry is cut into logical matrices once it is assembled; None if it is one."""
+        if isinstance(self.split, Experts):
+            return self.split.inner
+        return self.split if self.kind == "whole" else None
+
+    @property
+    def entry_pieces(self) -> tuple[Piece, ...]:
+        """The logical matrices of one entry."""
+        if self.cut is not None:
+            return self.cut.pieces(self.entry.shape)
+        m, n = self.entry.shape
+        return (Piece(1, m, n, 0),)
+
+    @property
     def across(self) -> bool:
         """Whether the rows of the logical matrices are columns of the parameter."""
-        return isinstance(self.split, Columns)
+        return self.cut is not None and by_rows(self.cut)[0]
+
+    @property
+    def travels(self) -> bool:
+        """Whether ranks hold parts of one entry."""
+        return any(self.entry.axes_sharding(dim) for dim in range(len(self.entry.shape)))
 
 
 def form_of(layout: StorageLayout, split: Split | None) -> Form:
@@ -62,11 +82,12 @@ def form_of(layout: StorageLayout, split: Split | None) -> Form:
     if isinstance(split, Flatten) and not beyond:
         return Form("flat", replace(layout, shape=(pieces[0].m, pieces[0].n)), 1, (0,), pieces, split)
     if isinstance(split, Experts | Heads):
-        held = _units(layout, pieces[0].count)
+        held = _units(layout, pieces[0].count if isinstance(split, Heads) else layout.shape[0])
         if held is not None:
+            matrix = layout.shape[1:] if isinstance(split, Experts) else (pieces[0].m, pieces[0].n)
             return Form(
                 "units",
-                _one_unit(layout, pieces[0]),
+                _one_unit(layout, matrix),
                 max(map(len, held.values())),
                 held[_here(layout)],
                 pieces,
@@ -100,7 +121,7 @@ def _units(layout: StorageLayout, count: int) -> dict[tuple[int, ...], tuple[int
     return units
 
 
-def _one_unit(layout: StorageLayout, piece: Piece) -> StorageLayout:
+def _one_unit(layout: StorageLayout, matrix: tuple[int, ...]) -> StorageLayout:
     """The layout of one expert or head; the axes that shard dim 0 hold different ones."""
     apart = layout.axes_sharding(0)
     drop = len(layout.shape) - 2  # an expert has a dim less than the parameter
@@ -108,7 +129,7 @@ def _one_unit(layout: StorageLayout, piece: Piece) -> StorageLayout:
         Replicate() if dim == 0 else p if dim is None else move_shard(p, dim - drop)
         for p, dim in ((p, shard_dim(p)) for p in layout.placements)
     )
-    return replace(layout, shape=(piece.m, piece.n), placements=placements, apart=apart)
+    return replace(layout, shape=matrix, placements=placements, apart=apart)
 
 
 @dataclass(frozen=True)
@@ -151,15 +172,18 @@ def state_forms(
 
 
 def _row_state(layout: StorageLayout, form: Form, spec: StateSpec, dtype: torch.dtype) -> StateForm:
-    if isinstance(form.split, Experts):
-        sizes = (*layout.shape[:2], 1)
-        shown = layout.derived(("unit", "row", None), sizes, dtype, ("unit", "row", "column"))
-    else:
-        names = ("column", "row") if form.across else ("row", *["column"] * (len(layout.shape) - 1))
-        shown = layout.derived(("row", None), (layout.shape[1 if form.across else 0], 1), dtype, names)
+    names = ("column", "row") if form.across else ("row", "column")
+    rows = form.entry.shape[names.index("row")]
+    own = (*names, *["column"] * (len(form.entry.shape) - 2))
+    entry = form.entry.derived(("row", None), (rows, 1), dtype, own)
     if form.kind == "whole":
-        return StateForm(spec, shown, shown, ())
-    return StateForm(spec, form.entry.derived(("row", None), (form.entry.shape[0], 1), dtype), shown, ())
+        return StateForm(spec, entry, entry, ())
+    if isinstance(form.split, Experts):
+        shown = layout.derived(("unit", "row", None), (layout.shape[0], rows, 1), dtype, ("unit", *names))
+    else:
+        own = ("row", *["column"] * (len(layout.shape) - 1))
+        shown = layout.derived(("row", None), (layout.shape[0], 1), dtype, own)
+    return StateForm(spec, entry, shown, ())
 
 
 def _factor_state(
@@ -167,15 +191,19 @@ def _factor_state(
 ) -> StateForm:
     assert spec.dims is not None
     assert spec.sizes is not None
-    count = form.pieces[index].count
-    sizes = (count, *spec.sizes) if count > 1 or form.kind == "units" else spec.sizes
-    if form.kind == "whole":
-        placements = tuple(Replicate() for _ in layout.placements)
-        shown = replace(layout, shape=sizes, dtype=dtype, placements=placements)
-        return StateForm(spec, shown, shown, (index,))
+    if form.cut is not None:
+        count = form.entry_pieces[index].count
+        sizes = (count, *spec.sizes) if count > 1 else spec.sizes
+        whole = tuple(Replicate() for _ in form.entry.placements)
+        entry = replace(form.entry, shape=sizes, dtype=dtype, placements=whole)
+        if form.kind == "whole":
+            return StateForm(spec, entry, entry, (index,))
+        sizes, dims = (layout.shape[0], *sizes), ("unit", *[None] * len(sizes))
+        return StateForm(spec, entry, layout.derived(dims, sizes, dtype, ("unit", "row", "column")), (index,))
     entry = form.entry.derived(spec.dims, spec.sizes, dtype)
     if form.kind != "units":
         return StateForm(spec, entry, entry, (index,))
+    sizes = (form.pieces[index].count, *spec.sizes)
     names = ("unit", "row", "column") if isinstance(form.split, Experts) else ("unit", "column")
     return StateForm(spec, entry, layout.derived(("unit", *spec.dims), sizes, dtype, names), (index,))
 
@@ -228,7 +256,8 @@ class Member:
         if dims is None:
             return own.reshape(self.local.shape)
         if self.form.kind == "units" and "rank" not in dims:
-            return own.reshape(*self.local.shape[:-1], 1)
+            shape = self.local.mT.shape if self.form.across else self.local.shape
+            return own.reshape(*shape[:-1], 1)
         return own
 
     def shown(self, layout: StorageLayout, local: Tensor) -> Tensor:
@@ -250,18 +279,17 @@ def initial_entries(member: Member, state: StateForm, seed: int) -> Tensor:
     assert form is not None
     assert spec.sizes is not None
     (index,) = state.pieces
-    piece = form.pieces[index]
-    numbers = form.numbers if form.kind == "units" else range(piece.first, piece.first + piece.count)
-    one = entry if form.kind == "units" else replace(entry, shape=spec.sizes)
+    piece, each = form.pieces[index], form.entry_pieces[index].count
+    one = replace(entry, shape=spec.sizes)
 
-    def draw(number: int) -> Tensor:
-        values = normal(*spec.sizes, seed=seed, name=member.name, matrix=number)  # type: ignore[misc]
-        return scattered(values.to(entry.device, entry.dtype), one)
+    def draw(unit: int) -> Tensor:
+        drawn = []
+        for number in range(piece.first + unit * each, piece.first + (unit + 1) * each):
+            values = normal(*spec.sizes, seed=seed, name=member.name, matrix=number)  # type: ignore[misc]
+            drawn.append(scattered(values.to(entry.device, entry.dtype), one))
+        return torch.stack(drawn) if each > 1 else drawn[0]
 
-    drawn = [draw(number) for number in numbers]
-    if form.kind == "units":
-        missing = form.count - len(drawn)
-        return torch.stack(drawn + [torch.zeros_like(draw(0))] * missing)
-    return (
-        torch.stack(drawn).reshape(1, *drawn[0].shape) if len(drawn) == 1 else torch.stack(drawn).unsqueeze(0)
-    )
+    units = form.numbers if form.kind == "units" else (0,)
+    drawn = [draw(unit) for unit in units]
+    missing = form.count - len(drawn)
+    return torch.stack(drawn + ([torch.zeros_like(draw(0))] * missing if missing else []))

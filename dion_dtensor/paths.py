@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch.distributed.tensor import Placement
 
-from dion_dtensor.layout import shard_dim, strided_axes
+from dion_dtensor.layout import move_shard, shard_dim, strided_axes
 from dion_dtensor.members import Form
 from dion_dtensor.planning import Bucket, Choice, choose, usual_hardware
 from dion_dtensor.rules import Rule
@@ -36,37 +37,49 @@ def chosen_path(
     """The way that ``path="auto"`` takes for ``count`` entries of ``form``; None where nothing is to be chosen.
 
     A function of the layout and of fixed figures of an accelerator, never of a measurement: all ranks decide alike.
+    Blocks of one parameter are priced as if they were apart; what they send together is within a factor of two of that.
     """
-    if form is None or form.kind == "whole" or form.entry.mesh is None or "path" not in group:
+    if form is None or form.entry.mesh is None or "path" not in group:
         return None
     entry = form.entry
     algorithm = "orth_dion" if group.get("right_factor") == "orthonormalize" else rule.name
-    if algorithm not in ALIKE or not any(entry.axes_sharding(dim) for dim in (0, 1)):
+    if algorithm not in ALIKE or not form.travels:
+        return None
+    if form.cut is not None and not (rule.name == "dion" and rule.cuts(form.cut)):
         return None
     assert entry.mesh is not None
-    m, n = entry.shape
-    bucket = Bucket(
-        shape=(m, n),
-        count=count,
-        # Ranks of an axis that is apart hold other matrices, and share none.
-        sizes=tuple(1 if axis in entry.apart else entry.mesh.size(axis) for axis in range(entry.mesh.ndim)),
-        shards=tuple(shard_dim(placement) for placement in entry.placements),
-        compute_dtype=compute_dtype,
-        state_dtype=state_dtype,
-        strided=strided_axes(entry.placements),
+    # Ranks of an axis that is apart hold other matrices, and share none.
+    sizes = tuple(1 if axis in entry.apart else entry.mesh.size(axis) for axis in range(entry.mesh.ndim))
+    placements = tuple(map(_turned, entry.placements)) if form.across else entry.placements
+    buckets = tuple(
+        Bucket(
+            shape=(piece.m, piece.n),
+            count=count * piece.count,
+            sizes=sizes,
+            shards=tuple(shard_dim(placement) for placement in placements),
+            compute_dtype=compute_dtype,
+            state_dtype=state_dtype,
+            strided=strided_axes(placements),
+        )
+        for piece in form.entry_pieces
     )
     among: tuple[str, ...] = ALIKE[algorithm]
-    if group.get("orthonormalize") == "rcqr":
+    if group.get("orthonormalize") == "rcqr" and form.cut is None:
         among = ("rcqr",)
     elif group["path"] != "auto":
         among = (group["path"],)
     fraction = group.get("rank_fraction", group.get("fraction", 1.0))
-    return _choose(bucket, algorithm, fraction, among)
+    return _choose(buckets, algorithm, fraction, among)
+
+
+def _turned(placement: Placement) -> Placement:
+    dim = shard_dim(placement)
+    return placement if dim is None else move_shard(placement, 1 - dim)
 
 
 @functools.cache
-def _choose(bucket: Bucket, algorithm: str, fraction: float, among: tuple[str, ...]) -> Choice:
-    return choose(bucket, algorithm, usual_hardware(len(bucket.sizes)), fraction=fraction, among=among)
+def _choose(buckets: tuple[Bucket, ...], algorithm: str, fraction: float, among: tuple[str, ...]) -> Choice:
+    return choose(buckets, algorithm, usual_hardware(len(buckets[0].sizes)), fraction=fraction, among=among)
 
 
 def path_of(group: Mapping[str, Any], choice: Choice | None) -> Any:

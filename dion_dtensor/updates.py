@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import types
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -78,13 +78,13 @@ def update_of(plan: Plan) -> Callable[..., Tensor | None]:
         scale: Any,
         weights: Sequence[Tensor] = (),
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        old = {name: wrap(stacks[name], layout) for name, layout in layouts.items()}
+        old: dict[str, Any] = {name: wrap(stacks[name], layout) for name, layout in layouts.items()}
         grad = wrap(-grads if plan.maximize else grads, plan.grad_layout)
         if plan.split is None:
             if "step" in scalars:
                 old["step"] = scalars["step"]
-            direction, state = rule.update(grad, rule.state(**old), _hyper(plan, 0, scalars))
-            new = state._asdict()
+            direction, state = rule.update(grad, rule.state(**_by_field(old)), _hyper(plan, 0, scalars))
+            new = _by_key(state._asdict(), layouts)
         else:
             direction, *values = on_whole_matrices(_on_pieces(plan, scalars), grad, *old.values())
             new = dict(zip(old, values, strict=True))
@@ -127,6 +127,24 @@ def update_of(plan: Plan) -> Callable[..., Tensor | None]:
     options: dict[str, Any] = {"options": dict(AS_WRITTEN)} if sharded else {}
     function = torch.compile(own, fullgraph=True, dynamic=False, **options)
     return step
+
+
+def _by_field(states: dict[str, Any]) -> dict[str, Any]:
+    """``Q.0``, ``Q.1``, ... as one tuple ``Q``."""
+    found: dict[str, Any] = {}
+    for key, value in states.items():
+        field, _, index = key.partition(".")
+        found[field] = (*found.get(field, ()), value) if index else value
+    return found
+
+
+def _by_key(fields: dict[str, Any], keys: Iterable[str]) -> dict[str, Any]:
+    """The inverse of :func:`_by_field`."""
+    found = {}
+    for key in keys:
+        field, _, index = key.partition(".")
+        found[key] = fields[field][int(index)] if index else fields[field]
+    return found
 
 
 def _hyper(plan: Plan, index: int, scalars: dict[str, Any]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from dion_dtensor.planning.buckets import Bucket, Cost
+from dion_dtensor.planning.buckets import Bucket, Cost, total
 from dion_dtensor.planning.predict import predict, ways
 
 __all__ = ["Choice", "Duration", "Hardware", "choose", "duration", "usual_hardware"]
@@ -93,7 +93,7 @@ def usual_hardware(axes: int) -> Hardware:
 
 
 def choose(
-    bucket: Bucket,
+    buckets: Bucket | Sequence[Bucket],
     algorithm: str,
     hardware: Hardware,
     *,
@@ -103,7 +103,7 @@ def choose(
     """The way with the least serial time; between equals the earlier of ``ways``.
 
     Args:
-        bucket: the matrices and the mesh.
+        buckets: the matrices and the mesh; several if those of several shapes are to take one way.
         algorithm: its name.
         hardware: the machine.
         fraction: see :func:`~dion_dtensor.planning.predict`.
@@ -112,10 +112,11 @@ def choose(
     Raises:
         ValueError: see :func:`~dion_dtensor.planning.predict` and :func:`duration`.
     """
-    options = {}
-    for way in ways(bucket, algorithm):
-        cost = predict(bucket, algorithm, way, fraction)
-        options[way] = (cost, duration(cost, hardware))
+    every, options = [buckets] if isinstance(buckets, Bucket) else list(buckets), {}
+    for way in ways(every[0], algorithm):
+        if all(way in ways(bucket, algorithm) for bucket in every):
+            cost = total(predict(bucket, algorithm, way, fraction) for bucket in every)
+            options[way] = (cost, duration(cost, hardware))
     allowed = [way for way in options if among is None or way in among] or list(options)
     best = min(allowed, key=lambda way: options[way][1].serial)
     cost, time = options[best]

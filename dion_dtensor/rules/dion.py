@@ -15,13 +15,17 @@ from torch import Tensor
 from dion_dtensor.assembly import (
     elementwise,
     is_pending,
+    local_of,
     norm,
     product,
     reduced,
     transposed,
     whole_dim,
 )
+from dion_dtensor.layout import is_simulated
+from dion_dtensor.matrices import ROW_BLOCKS, Heads, Split, by_rows
 from dion_dtensor.orthonormalize import orthonormal_basis, product_dtype
+from dion_dtensor.rules.dion_blocks import on_blocks
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 from dion_dtensor.rules.sharded_basis import sharded_basis
 from dion_dtensor.rules.shared import check_fraction, check_mu
@@ -33,7 +37,8 @@ __all__ = ["DION"]
 class Hyper(NamedTuple):
     """What Dion's update reads.
 
-    ``transposed``: P lies on the longer side, so B is M^T when m < n; ``path``: what travels.
+    ``transposed``: P lies on the longer side, so B is M^T when m < n; ``path``: what travels; ``split``: of whole
+    parameters, where shard boundaries cut the logical matrices.
     """
 
     mu: Scalar
@@ -43,19 +48,22 @@ class Hyper(NamedTuple):
     orthonormalize: str
     right_factor: str
     compute_dtype: torch.dtype
+    split: Split | None
 
 
 class State(NamedTuple):
-    """``momentum``: ``[N, m, n]``; ``Q``: ``[N, min(m, n), r]``."""
+    """``momentum``: ``[N, m, n]``; ``Q``: ``[N, min(m, n), r]``, one for each matrix where ``split`` cuts several."""
 
     momentum: Tensor
-    Q: Tensor
+    Q: Any
 
 
 def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     """One step of a stack ``[N, m, n]``; only ``m x r`` is ever assembled, or the whole of B once."""
     wide = widest(state.momentum, grad)
     momentum = elementwise(lambda M, G: M.to(wide) + G.to(wide), state.momentum, grad)
+    if hyper.split is not None:
+        return _step_of_blocks(momentum, state, hyper, hyper.split)
     if hyper.path == "assemble" and not is_pending(momentum):
 
         def whole(momentum: Tensor, Q: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -65,6 +73,42 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
         direction, *values = on_whole_matrices(whole, momentum, state.Q, likes=(0, 0, 1))
         return direction, State(*values)
     return _step(momentum, state, hyper)
+
+
+def _step_of_blocks(momentum: Tensor, state: State, hyper: Hyper, split: Split) -> tuple[Tensor, State]:
+    """The step of parameters whose blocks of rows, or of columns, are the matrices."""
+    alone = isinstance(state.Q, Tensor)
+    Qs = [state.Q] if alone else list(state.Q)
+    across, split = by_rows(split)
+    B = transposed(momentum) if across else momentum
+
+    def stepped(B: Tensor, *Qs: Tensor) -> tuple[Tensor, ...]:
+        direction, new, factors = on_blocks(B, Qs, hyper, split, _outer)
+        return direction, new, *factors
+
+    # Simulated ranks have other rows each, and share the code that is made for those held here.
+    if (hyper.path == "assemble" or is_simulated(local_of(momentum))) and not is_pending(momentum):
+        direction, B, *Qs = on_whole_matrices(stepped, B, *Qs, likes=(0, 0, *range(1, len(Qs) + 1)))
+    else:
+        direction, B, *Qs = stepped(B, *Qs)
+    if across:
+        direction, B = transposed(direction), transposed(B)
+    stored = state.momentum.dtype
+    kept = [
+        elementwise(lambda Q, old=old: Q.to(old.dtype), Q)
+        for Q, old in zip(Qs, [state.Q] if alone else state.Q, strict=True)
+    ]
+    new = elementwise(lambda B: B.to(stored), B)
+    return direction, State(new, kept[0] if alone else tuple(kept))
+
+
+def _cuts(split: Split) -> bool:
+    """Whether blocks are taken where they lie; of many equal ones each would be a product of its own."""
+    return (
+        isinstance(split, ROW_BLOCKS)
+        and not isinstance(split, Heads)
+        and not getattr(split, "stacked", False)
+    )
 
 
 def _step(momentum: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
@@ -174,6 +218,7 @@ DION = Rule(
     reads_values="always",  # which columns are dead
     pending_states=("momentum",),
     shapes_state=("rank_fraction", "rank_multiple"),
+    cuts=_cuts,
     check=check,
     prepare=prepare,
 )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dion_dtensor.assembly import elementwise
-from dion_dtensor.matrices import SPLITS, Split, each_piece
+from dion_dtensor.matrices import Split, each_piece
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.by_gram import by_gram, gram_applies
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
@@ -122,7 +122,7 @@ MUON = Rule(
     scalars=("mu", "epsilon"),
     states=states,
     counts_steps=corrects_bias,
-    cuts=SPLITS,
+    cuts=lambda split: True,
     check=check,
     prepare=polynomial_fields,
 )

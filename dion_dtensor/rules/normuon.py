@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dion_dtensor.matrices import SPLITS, Split, each_piece
+from dion_dtensor.matrices import Split, each_piece
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 from dion_dtensor.rules.muon import MOMENTUM_DEFAULTS, accumulated, check_momentum, corrects_bias
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
@@ -95,7 +95,7 @@ NORMUON = Rule(
     scalars=("mu", "epsilon", "beta2", "variance_epsilon"),
     states=states,
     counts_steps=corrects_bias,
-    cuts=SPLITS,
+    cuts=lambda split: True,
     check=check,
     prepare=polynomial_fields,
 )

@@ -52,8 +52,9 @@ class Rule:
         defaults: every hyperparameter of a param group and its default.
         scalars: names of the hyperparameters that may change at every step without a new compilation.
         states: ``(shape, group) -> {field: StateSpec}``, without ``step``.
-        cuts: splits of which ``update`` takes stacks of whole parameters too, and cuts what it assembles by the field
-            ``split`` of ``hyper``; under others it is handed whole parameters that are assembled with all their state.
+        cuts: whether ``update`` takes stacks of whole parameters too, and cuts them by the field ``split`` of
+            ``hyper``, a field of ``state`` being a tuple where matrices of several shapes have one each; under other
+            splits it is handed the matrices of whole parameters that are assembled with all their state.
         way: what has to travel so that a sharded matrix is orthonormalized.
         reads_values: when the host waits for values of the device in the midst of ``update``, which no CUDA graph can:
             "never", "always", or "exchange", where chosen slices travel.
@@ -75,13 +76,13 @@ class Rule:
     defaults: Mapping[str, Any]
     scalars: tuple[str, ...]
     states: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, StateSpec]]
-    cuts: tuple[type[Split], ...] = ()
     way: str = "assembled"
     reads_values: str = "never"
     pending_states: tuple[str, ...] = ()
     elementwise: bool = False
     fused: Callable[..., None] | None = None
     shapes_state: tuple[str, ...] = ()
+    cuts: Callable[[Split], bool] = field(default=lambda split: False)
     counts_steps: Callable[[Mapping[str, Any]], bool] = field(default=lambda group: False)
     check: Callable[[Mapping[str, Any]], None] = field(default=lambda group: None)
     prepare: Callable[[tuple[int, ...], Mapping[str, Any]], dict[str, Any]] = field(

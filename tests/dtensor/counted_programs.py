@@ -12,7 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from conformance.bench.traffic import ITEMSIZE, SENT
 from conformance.plan.counting import Recorder, launched
-from dion_dtensor import Dion2, Dion3, Muon, NorMuon
+from dion_dtensor import Dion, Dion2, Dion3, Muon, NorMuon
 from tests.dtensor.layouts import Layout, build_mesh, lay_out, placements
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -99,6 +99,23 @@ def sent_by_a_split(place: Layout, shape: tuple[int, int], split: str | None) ->
             optimizer.step()
         result[rule.__name__] = sum(one.bytes for one in recorder.transfers)
     return result
+
+
+def sent_by_dion(place: Layout, shape: tuple[int, int], split: str, path: str) -> tuple[float, float] | None:
+    """The bytes that this rank sends in a step of Dion on eight weights, and those foreseen for their blocks."""
+    mesh = build_mesh(place)
+    if mesh.get_coordinate() is None:
+        return None
+    weights = [torch.nn.Parameter(lay_out(torch.ones(shape), place, mesh)) for _ in range(8)]
+    group = {"params": [(f"fused.{i}", weight) for i, weight in enumerate(weights)], "split": split}
+    optimizer = Dion([group], rank_fraction=0.125, path=path, compile=False)
+    for weight in weights:
+        weight.grad = lay_out(torch.ones(shape), place, mesh)
+    with Recorder(mesh, ()) as recorder:
+        optimizer.step()
+    (bucket,) = optimizer.buckets
+    assert bucket.choice is not None
+    return sum(one.bytes for one in recorder.transfers), bucket.choice.cost.bytes()
 
 
 def memory_on_ranks(place: Layout) -> list[tuple[str, float, float]] | None:

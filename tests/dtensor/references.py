@@ -47,5 +47,5 @@ def cases(names: Sequence[str], layouts: Sequence[Layout], sample: Sequence[Layo
     ]
 
 
-def slow(name: str) -> Any:
-    return pytest.param(name, marks=pytest.mark.slow)
+def slow(*values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.slow)

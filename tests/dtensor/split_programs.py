@@ -26,6 +26,10 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "rows(3, 2)": (5, 2),
     "columns(8, 3)": (5, 11),
     "experts": (5, 6, 8),
+    "experts(rows(5, 3))": (5, 8, 6),
+    "experts(heads(2))": (5, 8, 3),
+    "experts(columns(7))": (5, 6, 7),
+    "experts(interleaved_columns((1, 1), 4))": (3, 6, 8),
     "flatten": (7, 3, 2, 3),
 }
 
@@ -57,7 +61,7 @@ def split_steps(
     parameters = [torch.nn.Parameter(laid(weight)) for weight in drawn[:2]]
     named = list(zip(("first", "second"), parameters, strict=True))
     group = {"params": named, "algorithm": "dion" if name == "orth_dion" else name, "split": split}
-    own = {"rank_fraction": 0.5} if "dion" in name and name[-1] == "n" else {}
+    own = {"rank_fraction": 0.5, "path": "low_rank"} if "dion" in name and name[-1] == "n" else {}
     optimizer = OPTIMIZERS[name]([group], lr=0.05, weight_decay=0.1, **(OWN.get(name, {}) | own | options))
     for step in range(steps):
         for index, parameter in enumerate(parameters):

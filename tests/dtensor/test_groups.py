@@ -307,9 +307,26 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
     "GptOssForCausalLM": (
         "GptOssConfig",
         {**GROUPED, "num_local_experts": 4, "head_dim": 16},
-        {"model.layers.0.mlp.experts.down_proj_bias": "no matrix, by its name"},
+        {
+            "model.layers.0.mlp.experts.down_proj_bias": "no matrix, by its name",
+            "model.layers.0.mlp.experts.down_proj": "4 of 64x96",
+            "model.layers.1.mlp.experts.gate_up_proj": "4 of 192x64",
+        },
+    ),
+    "Llama4ForCausalLM": (
+        "Llama4TextConfig",
+        {**GROUPED, "num_local_experts": 4, "intermediate_size_mlp": 96, "head_dim": 16},
+        {
+            "model.layers.0.feed_forward.experts.down_proj": "4 of 64x96",
+            "model.layers.0.feed_forward.experts.gate_up_proj": "4 of 192x64",
+        },
     ),
     "BertForSequenceClassification": ("BertConfig", SIZES, {"classifier.weight": "output head"}),
+    "BertForQuestionAnswering": (
+        "BertConfig",
+        SIZES,
+        {"qa_outputs.weight": "output head", "bert.encoder.layer.0.output.dense.weight": "matrix"},
+    ),
     "T5ForConditionalGeneration": (
         "T5Config",
         {"d_model": 64, "d_ff": 96, "d_kv": 16, "num_layers": 2, "num_heads": 4, "vocab_size": 100},

@@ -19,6 +19,7 @@ from tests.dtensor.counted_programs import (
     memory_on_ranks,
     seen_on_ranks,
     sent_by_a_split,
+    sent_by_dion,
 )
 from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.overlap_programs import NINE, lays_what_was_returned, run_in_turns, steps_of
@@ -136,6 +137,32 @@ def test_matrices_that_shard_boundaries_cut_send_what_whole_ones_do(
             assert ours[rule] <= 1.25 * 0.25 * ours["Muon"], rule
 
 
+@pytest.mark.parametrize("where", ["4 S0", "2x2 S0 S1", "2x2 T0 S0"])
+@pytest.mark.parametrize(
+    ("shape", "split"), [((1024, 512), "rows(544, 240, 240)"), ((256, 384), "columns(256, 128)")]
+)
+def test_dion_leaves_blocks_where_they_lie(
+    ranks: Ranks, where: str, shape: tuple[int, int], split: str
+) -> None:
+    factors = ranks.run(4, sent_by_dion, layout(where), shape, split, "low_rank")
+    assembled = ranks.run(4, sent_by_dion, layout(where), shape, split, "assemble")
+    for (sent, foreseen), (most, foreseen_most) in zip(factors, assembled, strict=True):
+        assert 0 < sent <= 0.6 * most
+        assert 0.5 <= sent / foreseen <= 2  # as if the blocks were apart
+        assert most == pytest.approx(foreseen_most, rel=0.1)
+
+
+@pytest.mark.parametrize("name", ["dion", "orth_dion"])
+@pytest.mark.parametrize("split", ["rows(13, 3, 4)", "columns(9, 5, 5)", "experts(rows(5, 3))"])
+def test_dion_may_assemble_blocks(ranks: Ranks, split: str, name: str) -> None:
+    expected = on_one_thread(split_steps, name, split, None, {"compile": False})
+    options = {"compile": False, "path": "assemble"}
+    for result in ranks.run(4, split_steps, name, split, layout("2x2 S0 S1"), options):
+        for key, values in expected.items():
+            for ours, theirs in zip(result[key], values, strict=True):
+                assert error(ours, theirs) < 1e-11, key
+
+
 @pytest.mark.parametrize("where", ["4 S0", "2x2 S0 S1"])
 def test_memory_is_counted_as_the_allocator_does(ranks: Ranks, where: str) -> None:
     found = [one for result in ranks.run(4, memory_on_ranks, layout(where)) for one in result]
@@ -220,6 +247,10 @@ SPLIT_LAYOUTS = {
         "2x2x2x1 S0 R S1 S2",
         "1x2x2x2 S0 R S1 S2",
     ],
+    "experts(rows(5, 3))": ["4 S0", "4 S1", "2x2x2 S0 S1 S2", "2x2x2 S0 R S1"],
+    "experts(heads(2))": ["4 S0", "2x2 S0 S1"],
+    "experts(columns(7))": ["4 S0", "2x2x2 S0 S1 S2", "2x2 S0 S0"],
+    "experts(interleaved_columns((1, 1), 4))": ["4 S0", "2x2 S0 S2"],
     "flatten": ["4 S0", "2x2 S0 S2"],
 }
 

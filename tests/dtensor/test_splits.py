@@ -24,6 +24,10 @@ ORACLE_SPLITS: dict[str, Any] = {
     "rows(3, 2)": oracle.Rows((3, 2)),
     "columns(8, 3)": oracle.Columns((8, 3)),
     "experts": oracle.Experts(),
+    "experts(rows(5, 3))": oracle.Experts(oracle.Rows((5, 3))),
+    "experts(heads(2))": oracle.Experts(oracle.Heads(2)),
+    "experts(columns(7))": oracle.Experts(oracle.Columns((7,))),
+    "experts(interleaved_columns((1, 1), 4))": oracle.Experts(oracle.InterleavedColumns((1, 1), 4)),
     "flatten": oracle.Flatten(),
 }
 HYPERS: dict[str, dict[str, Any]] = {
@@ -78,6 +82,9 @@ def test_merge_undoes_split(split: str) -> None:
         ("rows(3, 4)", (8, 5), "needs a matrix of 7 rows, not the shape \\[8, 5\\]"),
         ("heads(3)", (8, 5), "rows divide by 3"),
         ("experts", (8, 5), "three dims"),
+        ("experts(rows(3, 4))", (2, 8, 5), "needs a matrix of 7 rows, not the shape \\[8, 5\\]"),
+        ("experts(flatten)", (2, 8, 5), "experts are cut into blocks"),
+        ("experts(stripes(3))", (2, 8, 5), "is unknown; write rows"),
         ("flatten", (8, 5), "three to five dims"),
         ("columns(3, 4)", (5, 8), "needs a matrix of 7 columns, not the shape \\[5, 8\\]"),
         ("stripes(3)", (8, 5), "is unknown; write rows"),

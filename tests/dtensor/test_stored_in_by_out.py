@@ -1,0 +1,107 @@
+"""Weights whose rows are inputs, experts that are cut, and heads of models that other modules hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dion_dtensor import Dion2, Muon, audit, param_groups
+
+
+class Experts(nn.Module):
+    """A gate and up above a down projection of every expert, stored as asked for."""
+
+    def __init__(self, gate_up: Tensor, down: Tensor) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(gate_up.clone())
+        self.down_proj = nn.Parameter(down.clone())
+
+
+def stepped(model: nn.Module, grads: list[Tensor], kind: type[Any], **options: Any) -> list[Tensor]:
+    optimizer = kind(param_groups(model, algorithm=kind.__name__.lower(), **options), lr=0.1, compile=False)
+    for parameter, grad in zip(model.parameters(), grads, strict=True):
+        parameter.grad = grad.clone()
+    optimizer.step()
+    return [parameter.detach() for parameter in model.parameters()]
+
+
+@pytest.mark.parametrize("kind", [Muon, Dion2])
+@pytest.mark.parametrize(
+    ("out_in", "in_out"),
+    [
+        ({}, {}),
+        ({"heads": {"gate_up": 2}}, {"heads": {"gate_up": 2}}),
+        ({"split": {"gate_up": (5, 5)}}, {"split": {"gate_up": (5, 5)}}),
+        ({"split": {"gate_up": (7, 3)}}, {"split": {"gate_up": (7, 3)}}),
+        ({"split": {"gate_up": "interleaved_rows((1, 1), 5)"}},) * 2,
+    ],
+)
+def test_experts_stored_as_in_by_out_step_as_their_transposes(
+    kind: type[Any], out_in: dict[str, Any], in_out: dict[str, Any]
+) -> None:
+    torch.manual_seed(0)
+    tensors = [torch.randn(3, 10, 8, dtype=torch.float64), torch.randn(3, 8, 5, dtype=torch.float64)]
+    grads = [torch.randn_like(tensor) for tensor in tensors]
+    straight = stepped(Experts(*tensors), grads, kind, **out_in)
+    turned = [[tensor.mT.contiguous() for tensor in some] for some in (tensors, grads)]
+    across = stepped(Experts(*turned[0]), turned[1], kind, **in_out)
+    for one, other in zip(straight, across, strict=True):
+        torch.testing.assert_close(one, other.mT, rtol=1e-12, atol=1e-12)
+
+
+def test_each_expert_s_gate_and_up_are_matrices_of_their_own() -> None:
+    torch.manual_seed(0)
+    weight, grad = torch.randn(3, 10, 8, dtype=torch.float64), torch.randn(3, 10, 8, dtype=torch.float64)
+    model = Experts(weight, torch.randn(3, 8, 5, dtype=torch.float64))
+    fused, _ = stepped(model, [grad, torch.zeros(3, 8, 5, dtype=torch.float64)], Muon, heads={"gate_up": 2})
+    for expert in range(3):
+        for rows in (slice(0, 5), slice(5, 10)):
+            alone = nn.Linear(8, 5, bias=False, dtype=torch.float64)
+            alone.weight.data.copy_(weight[expert, rows])
+            (expected,) = stepped(alone, [grad[expert, rows]], Muon)
+            torch.testing.assert_close(fused[expert, rows], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_a_module_may_say_that_its_experts_are_stored_as_in_by_out() -> None:
+    model = nn.Module()
+    model.up_proj = nn.Parameter(torch.ones(3, 8, 20))
+    assert audit(Muon(param_groups(model), compile=False)).rows[0].matrices == "3 of 8x20"
+    model.is_transposed = True  # type: ignore[assignment]
+    (row,) = audit(Muon(param_groups(model), compile=False)).rows
+    assert (row.matrices, row.scale) == ("3 of 20x8", pytest.approx((2.5**0.5,)))
+
+
+def test_the_rows_of_a_transposed_convolution_are_inputs() -> None:
+    model = nn.Sequential(nn.ConvTranspose2d(4, 6, 3, bias=False), nn.Conv2d(6, 4, 3, bias=False))
+    rows = audit(Muon(param_groups(model), compile=False)).rows
+    assert {row.name: (row.matrices, row.scale) for row in rows} == {
+        "0.weight": ("1 of 4x54", pytest.approx((13.5**0.5,))),
+        "1.weight": ("1 of 4x54", pytest.approx((13.5**-0.5,))),
+    }
+
+
+class Holder(nn.Module):
+    """As a LightningModule holds a model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model, self.loss = model, nn.CrossEntropyLoss()
+
+
+def test_the_head_of_a_model_that_a_module_holds_is_found() -> None:
+    model = nn.ModuleDict({"body": nn.Linear(4, 4, bias=False), "fc": nn.Linear(4, 2, bias=False)})
+    for held in (Holder(model), Holder(Holder(model))):
+        prefix = "model." if held.model is model else "model.model."
+        matrices, rest = param_groups(held)
+        assert [name for name, _ in matrices["params"]] == [f"{prefix}body.weight"]
+        assert rest["reasons"] == {f"{prefix}fc.weight": "output head"}
+
+
+def test_the_only_layer_of_a_stage_has_no_head() -> None:
+    layer = nn.ModuleDict({"query": nn.Linear(4, 4, bias=False), "output": nn.Linear(4, 4, bias=False)})
+    stage = nn.ModuleDict({"layers": nn.ModuleDict({"3": layer})})
+    (matrices,) = param_groups(stage)
+    assert [name for name, _ in matrices["params"]] == ["layers.3.query.weight", "layers.3.output.weight"]
