@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from dion_dtensor import Dion2, Dion3, Muon
+from dion_dtensor import Dion, Dion2, Dion3, Muon
 from dion_dtensor.matrices import parse_split
 from dion_ref import ALGORITHMS
 from dion_ref import matrices as oracle
@@ -98,6 +98,33 @@ def test_a_split_that_does_not_fit_is_refused_by_name(
     group = {"params": [("fused.weight", torch.nn.Parameter(torch.ones(shape)))], "split": split}
     with pytest.raises(ValueError, match=message):
         Muon([group])
+
+
+@pytest.mark.parametrize("name", ["dion", "orth_dion"])
+@pytest.mark.parametrize("split", ["rows(9, 5, 5)", "rows(13, 3, 4)", "columns(9, 5, 5)"])
+def test_blocks_of_low_rank_are_those_of_the_oracle(split: str, name: str) -> None:
+    """The first block's gradient has rank one, the second's is zero: most columns are dead."""
+    rule, cut, shape = ALGORITHMS[name], ORACLE_SPLITS[split], SHAPES[split]
+    hyper = rule.Hyper(lr=0.05, mu=0.5, rank_fraction=0.5, weight_decay=0.0)
+    weight, *grads = tensors(shape, 4)
+    parameter = torch.nn.Parameter(weight.clone())
+    group = {"params": [("first", parameter)], "algorithm": "dion", "split": split}
+    factor = "orthonormalize" if name == "orth_dion" else "normalize"
+    optimizer = Dion(
+        [group], lr=0.05, mu=0.5, rank_fraction=0.5, right_factor=factor, weight_decay=0.0, compile=False
+    )
+    expected, state = weight, rule.init(weight, hyper, name="first", seed=0, split=cut)
+    for grad in grads:
+        first, second, third = cut.split(grad)
+        grad = cut.merge([first[:, :1] @ first[:1], torch.zeros_like(second), third], shape)
+        parameter.grad = grad.clone()
+        optimizer.step()
+        expected, state = rule.step(expected, grad, state, hyper, split=cut)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-10, atol=1e-12)
+    for index, of_piece in enumerate(state):
+        torch.testing.assert_close(
+            optimizer.state[parameter][f"Q.{index}"], of_piece.Q, rtol=1e-9, atol=1e-10
+        )
 
 
 @pytest.mark.parametrize(("name", "split"), [("dion3", "rows(9, 5, 5)"), ("dion2", "rows(13, 3, 4)")])
