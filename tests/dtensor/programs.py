@@ -49,7 +49,7 @@ OWN: dict[str, dict[str, Any]] = {
 Problem = tuple[list[Tensor], list[list[Tensor]]]
 
 
-def problem(shapes: Sequence[tuple[int, int]], steps: int, dtype: torch.dtype = torch.float64) -> Problem:
+def problem(shapes: Sequence[tuple[int, ...]], steps: int, dtype: torch.dtype = torch.float64) -> Problem:
     """Weights, and gradients by step; the same on every rank."""
     generator = torch.Generator().manual_seed(7)
 
@@ -68,7 +68,7 @@ def full(tensor: Tensor) -> Tensor:
 def run_steps(
     name: str,
     layout: Layout | None,
-    shapes: Sequence[tuple[int, int]] = SHAPES,
+    shapes: Sequence[tuple[int, ...]] = SHAPES,
     steps: int = 2,
     dtype: torch.dtype = torch.float64,
     data: Problem | None = None,

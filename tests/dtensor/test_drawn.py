@@ -27,30 +27,34 @@ class Drawn:
 
     name: str
     where: Layout
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     count: int
     split: str | None
+    path: str
     dtype: torch.dtype
     compute_dtype: torch.dtype
 
 
 @st.composite
 def drawn_splits(draw: st.DrawFn, shape: tuple[int, int]) -> str | None:
-    """Blocks of rows or of columns of any sizes, heads, or interleaved rows."""
-    kind = draw(st.sampled_from(["none", "rows", "columns", "heads", "interleaved"]))
-    size = shape[1] if kind == "columns" else shape[0]
+    """Blocks of rows or of columns of any sizes, heads, or interleaved rows or columns."""
+    kind = draw(
+        st.sampled_from(["none", "rows", "columns", "heads", "interleaved_rows", "interleaved_columns"])
+    )
+    size = shape[1] if kind.endswith("columns") else shape[0]
     if kind == "none" or size < 2:
         return None
     divisors = [count for count in range(2, size + 1) if size % count == 0]
     if kind == "heads":
         return f"heads({draw(st.sampled_from(divisors))})"
-    groups = draw(st.sampled_from(divisors)) if kind == "interleaved" else 1
+    interleaved = kind.startswith("interleaved")
+    groups = draw(st.sampled_from(divisors)) if interleaved else 1
     height = size // groups
     cuts = draw(st.lists(st.integers(1, height - 1), max_size=3, unique=True)) if height > 1 else []
     ends = [0, *sorted(cuts), height]
     sizes = ", ".join(str(end - start) for start, end in itertools.pairwise(ends))
-    if kind == "interleaved":
-        return f"interleaved_rows(({sizes},), {groups}, {draw(st.booleans())})"
+    if interleaved:
+        return f"{kind}(({sizes},), {groups}, {draw(st.booleans())})"
     return f"{kind}({sizes})"
 
 
@@ -58,15 +62,20 @@ def drawn_splits(draw: st.DrawFn, shape: tuple[int, int]) -> str | None:
 def drawn(draw: st.DrawFn) -> Drawn:
     """Any combination."""
     mesh = draw(st.sampled_from([(2,), (3,), (4,), (2, 2), (2, 3), (4, 2), (2, 2, 2)]))
-    codes = [draw(st.sampled_from(["R", "S0", "S1"])) for _ in mesh]
+    experts = draw(st.sampled_from([0, 0, 0, 1, 2, 5]))
+    codes = [draw(st.sampled_from(["R", "S0", "S1", *(["S2"] if experts else [])])) for _ in mesh]
     last = len(mesh) - 1
     if last and codes[last][0] == "S" and draw(st.booleans()):  # as FSDP2 shards what is tensor parallel
         codes[last - 1] = "T" + codes[last][1]
-    shape = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
-    split = draw(drawn_splits(shape))
+    matrix = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
+    split = draw(drawn_splits(matrix))
+    shape = (experts, *matrix) if experts else matrix
+    if experts:
+        split = "experts" if split is None else f"experts({split})"
     dtype, compute_dtype = draw(st.sampled_from(COMPUTED))
     name, count = draw(st.sampled_from(EVERY)), draw(st.integers(1, 5))
-    return Drawn(name, Layout(mesh, tuple(codes)), shape, count, split, dtype, compute_dtype)
+    path = draw(st.sampled_from(["auto", "low_rank", "assemble"]))
+    return Drawn(name, Layout(mesh, tuple(codes)), shape, count, split, path, dtype, compute_dtype)
 
 
 def check(ranks: Ranks, case: Drawn) -> None:
@@ -74,8 +83,11 @@ def check(ranks: Ranks, case: Drawn) -> None:
         "compile": False, "shapes": (case.shape,) * case.count, "split": case.split, "dtype": case.dtype,
         "compute_dtype": case.compute_dtype, "steps": 1,
     }  # fmt: skip
+    low_rank = case.name in ("dion", "orth_dion")
+    if low_rank:
+        options["path"] = case.path
     expected = on_one_thread(run_steps, case.name, None, **options)
-    bounds = LOW_RANK if case.name in ("dion", "orth_dion") else WHOLE
+    bounds = LOW_RANK if low_rank else WHOLE
     for result in ranks.run(case.where.world, run_steps_with, case.name, case.where, options):
         for ours, theirs in zip(result["weight"], expected["weight"], strict=True):
             assert error(ours, theirs) <= bounds[case.compute_dtype]
