@@ -212,16 +212,36 @@ def owners(
     Returns:
         By coordinates on those axes, the indices in the order in which the local shard has them.
     """
-    held: dict[tuple[int, ...], Tensor] = {(): torch.arange(size)}
-    for ranks, placement in zip(sizes, placements, strict=True):
+    order = outer_first(sizes, placements)
+    held: dict[tuple[int, ...], list[int]] = {(): list(range(size))}
+    for axis in order:
         split = {}
         for place, indices in held.items():
-            parts, _ = move_shard(placement, 0)._split_tensor(  # type: ignore[attr-defined]
-                indices, ranks, with_padding=False, contiguous=False
-            )
-            split.update({(*place, rank): part for rank, part in enumerate(parts)})
+            length = -(-len(indices) // sizes[axis])
+            for rank in range(sizes[axis]):
+                split[(*place, rank)] = indices[rank * length : (rank + 1) * length]
         held = split
-    return {place: indices.tolist() for place, indices in held.items()}
+    return {
+        tuple(place[order.index(axis)] for axis in range(len(sizes))): indices
+        for place, indices in held.items()
+    }
+
+
+def outer_first(sizes: Sequence[int], placements: Sequence[Placement]) -> list[int]:
+    """The axes that shard one dim in the order in which they cut it.
+
+    From left to right, but a strided shard cuts what later axes left, as many as make its ``split_factor`` ranks.  Its
+    own way of cutting says the same only where shards are even.
+    """
+    order: list[int] = []
+    for axis in reversed(range(len(sizes))):
+        place, ranks = 0, 1
+        factor = getattr(placements[axis], "split_factor", 1)
+        while place < len(order) and ranks < factor:
+            ranks *= sizes[order[place]]
+            place += 1
+        order.insert(place, axis)
+    return order
 
 
 def compute_placements(

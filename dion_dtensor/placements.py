@@ -133,8 +133,8 @@ def order_of_moves(placements: Placements, target: Placements) -> tuple[int, ...
     order.sort(key=rank)
     shared = [axis for axis in order if rank(axis)[0] < 2]
     # The inner one first: a strided shard cuts what the later axes left of its dim.
-    left = [axis for axis in reversed(range(len(placements))) if axis not in order]
-    left.sort(key=lambda axis: type(placements[axis]) is Shard)
+    left = [axis for axis in range(len(placements)) if axis not in order]
+    left.sort(key=lambda axis: (1, -axis) if type(placements[axis]) is Shard else (0, axis))
     inner_first = []
     while left:
         heads = {shard_dim(placements[axis]): axis for axis in reversed(left)}.values()

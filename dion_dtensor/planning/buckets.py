@@ -212,7 +212,7 @@ def assembly(
 
 
 def _inner_first(axes: Iterable[int], strided: Sequence[int]) -> list[int]:
-    return sorted(axes, key=lambda axis: (axis not in strided, -axis))
+    return sorted(axes, key=lambda axis: (0, axis) if axis in strided else (1, -axis))
 
 
 def _order(shards: Shards, split: Sequence[int], strided: Sequence[int]) -> list[int]:

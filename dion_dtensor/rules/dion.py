@@ -79,7 +79,7 @@ def _step_of_blocks(momentum: Tensor, state: State, hyper: Hyper, split: Split) 
     """The step of parameters whose blocks of rows, or of columns, are the matrices."""
     alone = isinstance(state.Q, Tensor)
     Qs = [state.Q] if alone else list(state.Q)
-    across, split = by_rows(split)
+    across, _ = by_rows(split)
     B = transposed(momentum) if across else momentum
 
     def stepped(B: Tensor, *Qs: Tensor) -> tuple[Tensor, ...]:

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Placement
 from dion_dtensor import placements as algebra
 from dion_dtensor.assembly import across, from_local, local_of, norm, placed, reduced, whole_dim
 from dion_dtensor.layout import owners
-from dion_dtensor.matrices import Split
+from dion_dtensor.matrices import Split, by_rows
 from dion_dtensor.orthonormalize import orthonormal_basis
 from dion_dtensor.whole_matrices import on_whole_matrices
 
@@ -37,7 +37,7 @@ def on_blocks(
         momentum: the gradient included, a tensor or a DTensor; averages may be pending.
         factors: Q of each block, ``[N, min(m, n), r]``, whole on every rank.
         hyper: Dion's.
-        split: into blocks of rows, each one matrix.
+        split: into blocks of rows, each one matrix, or of columns of what ``momentum`` is the transpose of.
         outer: ``(P, Q, dtype) -> P Q^T``, rounded as the rule rounds it.
 
     Returns:
@@ -45,7 +45,7 @@ def on_blocks(
     """
     dtype, X = momentum.dtype, local_of(momentum)
     Qs = [local_of(Q).to(dtype) for Q in factors]
-    shapes = [(piece.m, piece.n) for piece in split.pieces(momentum.shape[1:])]
+    shapes = [(piece.m, piece.n) for piece in by_rows(split)[1].pieces(momentum.shape[1:])]
     spans = _spans(*_mesh_of(momentum), split, (momentum.shape[1], momentum.shape[2]))
     direction, kept = torch.zeros_like(X), X.clone()
     # Blocks of one rank and one side for P go together.
@@ -300,6 +300,8 @@ def _spans(
         held = every[tuple(here[axis] for axis in axes)]
     place = {row: position for position, row in enumerate(held)}
     found = []
+    # In here, since Dynamo hands on no split that was made in code that it traces.
+    _, split = by_rows(split)
     for piece in split.split(torch.arange(shape[0]).view(1, -1, 1)):
         rows = piece.flatten().tolist()
         own = [index for index, row in enumerate(rows) if row in place]

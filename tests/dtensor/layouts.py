@@ -62,6 +62,7 @@ LAYOUTS = [
         "2x3 S0 S1",
         "8 S0",
         "2x4 T0 S0",
+        "4x2 T0 S0",
         "2x2x2 R S0 S1",
         "2x2x2 R T0 S0",
         "2x2x2 S0 S1 S0",

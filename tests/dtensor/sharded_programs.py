@@ -13,6 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 from conformance.process_groups import shared_mesh
 from dion_dtensor import Dion, Muon, audit, param_groups
+from dion_dtensor.layout import owners
 from tests.dtensor.layouts import build_mesh, lay_out, layout
 
 WRAPPED = {
@@ -67,6 +68,34 @@ def wrapped_training(kind: str, algorithm: str, compiled: bool) -> tuple[dict[st
         for name, p in model.named_parameters()
     }
     return weights, str(audit(optimizer))
+
+
+def rows_mistaken(place: str, sizes: list[int], wrapped: bool) -> list[int] | None:
+    """Of the ``sizes`` of a dim those whose rows do not lie here as is believed.
+
+    Sharded by torch's redistribution, or ``wrapped`` by its FSDP2 over its tensor parallelism.
+    """
+    where = layout(place)
+    mesh = build_mesh(where)
+    here = mesh.get_coordinate()
+    if here is None:
+        return None
+    found = []
+    for size in sizes:
+        rows = torch.arange(float(size)).view(size, 1)
+        if wrapped:
+            model = nn.Sequential(nn.Linear(1, size, bias=False))
+            model[0].weight.data.copy_(rows)
+            parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel()})
+            fully_shard(model, mesh=mesh["shard"])
+            laid = model[0].weight.detach()
+        else:
+            laid = lay_out(rows, where, mesh)
+        assert isinstance(laid, DTensor)
+        held = owners(size, where.mesh, tuple(laid.placements))[tuple(here)]
+        if laid.to_local().flatten().tolist() != held:
+            found.append(size)
+    return found
 
 
 def faulty_step(fault: str, faulty_rank: int) -> tuple[str, bool] | None:

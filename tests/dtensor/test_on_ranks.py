@@ -328,6 +328,18 @@ def test_elementwise_rules_are_bitwise_those_of_one_device(ranks: Ranks, where: 
             assert all(torch.equal(ours, theirs) for ours, theirs in zip(result[key], values, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("place", "wrapped"),
+    [("4x2 T0 S0", False), ("4x2 T0 S0", True), ("2x2x2 T0 S0 S0", False), ("3x2 T0 S0", False)],
+)
+def test_rows_lie_where_torch_lays_them(ranks: Ranks, place: str, wrapped: bool) -> None:
+    sizes = [1, 9, 17, 19, 20] if wrapped else list(range(1, 36))
+    assert (
+        ranks.run(layout(place).world, programs.rows_mistaken, place, sizes, wrapped)
+        == [[]] * layout(place).world
+    )
+
+
 @pytest.mark.parametrize("algorithm", ["muon", "dion"])
 @pytest.mark.parametrize("kind", ["fsdp", "hsdp", "tp", "fsdp+tp"])
 def test_wrapped_models_train_as_the_plain_one(ranks: Ranks, kind: str, algorithm: str) -> None:
