@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,23 +22,23 @@ from dion_dtensor.matrices import (
     parse_split,
 )
 from dion_dtensor.optimizer import OrthonormalOptimizer
+from dion_dtensor.roles import (
+    CONVOLUTION,
+    CONVOLUTION_IN_BY_OUT,
+    CUT_AS_ASKED,
+    EMPTY,
+    EXPECTED,
+    EXPERTS_IN_BY_OUT,
+    IN_BY_OUT,
+    INTERLEAVED,
+    NO_STACK,
+    plain_names,
+    roles,
+)
 from dion_dtensor.rules import RULES
-from dion_dtensor.state import WRAPPER_PREFIXES, without_wrappers
+from dion_dtensor.state import without_wrappers
 
 __all__ = ["Audit", "AuditRow", "audit", "param_groups"]
-
-HEADS = ("head", "lm_head", "embed_out", "qa_outputs")
-TOP_HEADS = ("output", "classifier", "heads", "fc", "score")
-# Parameters that a module holds itself: a table of positions, a class token.
-TABLE = re.compile(r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings)(_|$)")
-# Biases of experts, decay rates of state-space models.
-NO_MATRIX = re.compile(r"(^|_)(bias|log)$")
-CONVOLUTION, CONVOLUTION_IN_BY_OUT = "convolution", "transposed convolution"
-IN_BY_OUT, EXPERTS_IN_BY_OUT = "stored as [in, out]", "experts stored as [in, out]"
-NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
-MAGNITUDES, EMPTY = "magnitudes of a weight norm", "empty"
-CUT_AS_ASKED = (CONVOLUTION, CONVOLUTION_IN_BY_OUT, IN_BY_OUT, EXPERTS_IN_BY_OUT)
-EXPECTED = ("embedding", "output head", "excluded", NO_STACK, BY_NAME, MAGNITUDES, EMPTY)
 
 
 def param_groups(
@@ -54,13 +54,16 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters: matrices to ``algorithm``, everything else to ``scalar``.
 
-    To ``scalar`` go embeddings and whatever is tied to one, the output head (the last Linear of a module called "head",
-    "lm_head", "embed_out" or "qa_outputs", or "output", "classifier", "heads", "fc" or "score" at the top of the model
-    or of the one module that has all its parameters), 0-D and 1-D parameters, and whatever ``exclude`` matches.
+    To ``scalar`` go embeddings and whatever is tied to one, output heads, 0-D and 1-D parameters, and whatever
+    ``exclude`` matches.  A head is what a model's own ``get_output_embeddings()`` gives (Hugging Face), a Linear whose
+    name ends in "head" or "classifier" or is one of a few others ("qa_outputs", "cls_score", ...), or the last Linear
+    of a module called so, or "output", "classifier", "heads", "fc" or "score" at the top of the model (also as
+    ``model``, ``net``, ``network`` or ``module`` of another).
     A convolution's weight is one matrix (``split="flatten"``; a transposed one's with ``weight_storage="in_out"``,
     since its rows are inputs), the weight of a Hugging Face ``Conv1D`` the transpose of what is stored
     (``split="columns(out)"``), any other 3-D weight a stack of experts (``split="experts"``) unless one of its dims is
-    one, as of class tokens and layer scales.  Experts stored as ``[E, in, out]`` (gpt-oss, Llama 4) are told by a
+    one, as of class tokens and layer scales; a 2-D one with such a dim is no matrix unless it is a layer's weight.
+    Experts stored as ``[E, in, out]`` (gpt-oss, Llama 4) are told by a
     ``gate_up_proj`` beside a ``down_proj``, or by an attribute ``is_transposed`` of their module, and step as their
     transposes.  Parameters that a module holds itself and whose names speak of positions, tokens or embeddings count as
     embeddings; ``*bias`` and ``*_log`` of two dims or more go to ``scalar`` too.  Works on plain, FSDP2- and TP-wrapped
@@ -78,14 +81,17 @@ def param_groups(
             matrix, also of a ``Conv1D``; of a stack of experts, those of each.
         heads: by regular expression, into how many equal blocks of rows a weight is cut: heads, or 2 for a fused gate
             and up of equal sizes, one below the other.
-        missing_ok: let pass patterns that match no parameter, as of one configuration for all stages of a pipeline.
+        missing_ok: let pass patterns that match no parameter, or no matrix, as of one configuration for all stages of
+            a pipeline.
 
     Returns:
         Groups of ``(name, parameter)`` pairs with ``algorithm``, ``lr``, ``split`` and ``reasons`` (by name).
 
     Raises:
+        TypeError: a split or a number of heads that is none.
         ValueError: an unknown rule, a model wrapped by FullyShardedDataParallel (FSDP1), a pattern that matches no
-            parameter or two that match one, or two parameters whose names differ by wrappers only.
+            parameter or two that match one, a split that does not fit or of what is no matrix, or two parameters
+            whose names differ by wrappers only.
     """
     for argument, name in (("algorithm", algorithm), ("scalar", scalar)):
         if name not in RULES:
@@ -94,15 +100,16 @@ def param_groups(
         raise ValueError(f"scalar={scalar!r} takes matrices only; choose an elementwise rule")
     exclude = (exclude,) if isinstance(exclude, str) else exclude
     _refuse_fsdp1(model)
-    every = _plain_names(model)
+    every = plain_names(model)
     splits = {pattern: parse_split(how) for pattern, how in (split or {}).items()}
-    splits |= {pattern: Heads(count) for pattern, count in (heads or {}).items()}
+    splits |= {pattern: _heads(pattern, count) for pattern, count in (heads or {}).items()}
+    left_over: dict[str, list[str]] = {}
     aliases = _aliases(model)
     for argument, patterns in (("exclude", exclude), ("split", split or {}), ("heads", heads or {})):
         for pattern in patterns:
             if not missing_ok and not any(_matches(pattern, names) for names in aliases.values()):
                 raise ValueError(f"{argument} pattern {pattern!r} matches no parameter of the model")
-    of_modules = _by_module(model)
+    of_modules = roles(model)
     groups: dict[tuple[str, str | None, bool], dict[str, Any]] = {}
     for name, parameter in every.items():
         if not parameter.requires_grad:
@@ -116,10 +123,10 @@ def param_groups(
         cut: str | None = None
         storage = {"weight_storage": "in_out"} if why == CONVOLUTION_IN_BY_OUT else {}
         if matching and why in (None, *CUT_AS_ASKED):
-            cut = str(_as_stored(splits[matching[0]], parameter, why))
+            cut = str(_as_stored(splits[matching[0]], name, parameter, why))
             why = f"{why or f'{parameter.ndim}-D'}, {cut}"
-        elif why in (IN_BY_OUT, EXPERTS_IN_BY_OUT):
-            cut = str(_as_stored(Rows(parameter.shape[-1]), parameter, why))
+        elif why in (IN_BY_OUT, EXPERTS_IN_BY_OUT, INTERLEAVED):
+            cut = str(_as_stored(Rows(parameter.shape[-1]), name, parameter, why))
         elif why is None and 0 in parameter.shape:
             why = EMPTY
         elif why is None and parameter.ndim > 2 and 1 in parameter.shape[:1] + parameter.shape[-2:]:
@@ -128,6 +135,8 @@ def param_groups(
             cut = str(Flatten())
         elif why is None and parameter.ndim == 3:
             cut, why = str(Experts()), "3-D, a stack of matrices"
+        if matching:
+            left_over.setdefault(matching[0], []).append("" if cut else f"{name} ({why})")
         to_matrices = why is None or cut is not None or RULES[algorithm].elementwise
         rule, rate = (algorithm, lr) if to_matrices else (scalar, scalar_lr)
         if RULES[rule].elementwise:
@@ -141,30 +150,55 @@ def param_groups(
                 )  # a schedule writes into it
         groups[key]["params"].append((name, parameter))
         groups[key]["reasons"][name] = why or "matrix"
+    for pattern, given in left_over.items():
+        if not missing_ok and all(given):
+            raise ValueError(f"pattern {pattern!r} is to cut matrices, but matches only {', '.join(given)}")
     return [groups[key] for key in sorted(groups, key=lambda key: (key[0] == "rest", key[1] or "", key[2]))]
 
 
-def _as_stored(split: Split | None, parameter: Tensor, why: str | None) -> Split | None:
-    """A split of logical rows, for a weight whose logical rows may be columns and which may hold several experts."""
-    if why in (IN_BY_OUT, EXPERTS_IN_BY_OUT):
-        if isinstance(split, Heads):
+def _heads(pattern: str, count: int) -> Heads:
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise TypeError(
+            f"heads={{{pattern!r}: {count!r}}} must be a number of blocks; sizes are given by split="
+        )
+    return Heads(count)
+
+
+def _as_stored(split: Split | None, name: str, parameter: Tensor, why: str | None) -> Split | None:
+    """A split of logical rows, for a weight whose logical rows may be columns and which may hold several experts.
+
+    Raises:
+        ValueError: it does not fit, or would mix a gate and an up that are interleaved.
+    """
+    across = why in (IN_BY_OUT, EXPERTS_IN_BY_OUT, INTERLEAVED)
+    of_experts = parameter.ndim == 3 and (why is None or across)
+    if of_experts and isinstance(split, Experts):
+        split = split.inner or Rows(parameter.shape[-1 if across else 1])
+    where = f"{name} {list(parameter.shape)}"
+    if why == INTERLEAVED and (
+        isinstance(split, Heads) or (isinstance(split, Rows) and len(split.sizes) > 1)
+    ):
+        raise ValueError(
+            f"{where}: its gate and up are interleaved, and split={str(split)!r} would cut blocks that mix them; give "
+            f"split={{...: 'interleaved_rows((1, 1), {parameter.shape[-1] // 2})'}}"
+        )
+    try:
+        if across and isinstance(split, Heads):
             (piece,) = split.pieces(parameter.mT.shape[-2:])
             split = Columns(*[piece.m] * piece.count)
-        elif isinstance(split, Rows):
+        elif across and isinstance(split, Rows):
             split = Columns(*split.sizes)
-        elif isinstance(split, InterleavedRows):
+        elif across and isinstance(split, InterleavedRows):
             split = InterleavedColumns(split.sizes, split.groups, split.stacked)
-    of_experts = parameter.ndim == 3 and why in (None, EXPERTS_IN_BY_OUT) and isinstance(split, ROW_BLOCKS)
-    return Experts(split) if of_experts else split
-
-
-def _plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters by the names that they have without wrappers."""
-    named = dict(model.named_parameters())
-    plain = dict(zip(without_wrappers(list(named)), named.values(), strict=True))
-    if len(plain) != len(named):
-        raise ValueError(f"without {WRAPPER_PREFIXES} two parameters of the model have the same name")
-    return plain
+        if of_experts and isinstance(split, ROW_BLOCKS):
+            alone = split == Rows(parameter.shape[1])
+            split = Experts() if alone else Experts(split)
+        if split is not None:
+            split.pieces(parameter.shape)
+    except ValueError as error:
+        stored = ", stored as [in, out]; blocks are given by their rows, as outputs" if across else ""
+        raise ValueError(f"{where}{stored}: {error}") from error
+    return split
 
 
 def _aliases(model: nn.Module) -> dict[int, list[str]]:
@@ -185,74 +219,8 @@ def _refuse_fsdp1(model: nn.Module) -> None:
             )
 
 
-def _weights(module: nn.Module) -> list[Tensor]:
-    """The parameters of the shape of a module's weight: itself, or what a weight or spectral norm makes it of."""
-    lists = getattr(module, "parametrizations", {})
-    own = lists["weight"].named_parameters() if "weight" in lists else module.named_parameters(recurse=False)
-    return [
-        one for name, one in own if name in ("weight", "weight_v", "weight_orig", "original", "original1")
-    ]
-
-
 def _matches(pattern: str, names: Sequence[str]) -> bool:
     return any(re.search(pattern, name) for name in names)
-
-
-def _by_module(model: nn.Module) -> dict[int, str]:
-    """What the module of a parameter says of it; embeddings last, since a tied head is one."""
-    found = {}
-    modules = dict(model.named_modules())
-    names = without_wrappers([f"{name}." if name else "" for name in modules])
-    top_heads = {top + head for top in _tops(_plain_names(model)) for head in TOP_HEADS}
-    for name, module in zip(names, modules.values(), strict=True):
-        path = name.removesuffix(".")
-        if isinstance(module, nn.modules.conv._ConvNd):
-            kind = CONVOLUTION_IN_BY_OUT if module.transposed else CONVOLUTION
-            found.update({id(weight): kind for weight in _weights(module)})
-        elif _is_conv1d(module):
-            found.update({id(weight): IN_BY_OUT for weight in _weights(module)})
-        elif path.rsplit(".", 1)[-1] in HEADS or path in top_heads:
-            layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
-            if layers:  # of a classifier of several layers, the last
-                found.update({id(weight): "output head" for weight in _weights(layers[-1])})
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if name in ("weight_g", "original0") and parameter.numel() == max(parameter.shape, default=1):
-                found[id(parameter)] = MAGNITUDES
-            elif TABLE.search(name):
-                found[id(parameter)] = "embedding"
-            elif parameter.ndim > 1 and NO_MATRIX.search(name):
-                found[id(parameter)] = BY_NAME
-            elif parameter.ndim == 3 and 1 not in parameter.shape and _experts_in_by_out(module):
-                found[id(parameter)] = EXPERTS_IN_BY_OUT
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-            found.update({id(parameter): "embedding" for parameter in module.parameters()})
-    return found
-
-
-def _tops(names: Iterable[str]) -> list[str]:
-    """Prefixes of modules that have all parameters: of a model that another holds, as a LightningModule does."""
-    tops, left = [""], [name.split(".") for name in names]
-    while left and all(len(path) > 1 for path in left):
-        firsts = {path[0] for path in left}
-        if len(firsts) > 1 or next(iter(firsts)).isdigit():  # the only layer of a stage is no model
-            break
-        tops.append(f"{tops[-1]}{firsts.pop()}.")
-        left = [path[1:] for path in left]
-    return tops
-
-
-def _is_conv1d(module: nn.Module) -> bool:
-    """Whether it is Hugging Face's, of GPT-2."""
-    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)  # fully_shard makes a subclass
-
-
-def _experts_in_by_out(module: nn.Module) -> bool:
-    """Whether a module's gate-up beside its down projection shows experts ``[E, in, out]``, or it says so itself."""
-    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
-    if isinstance(up, Tensor) and isinstance(down, Tensor) and up.ndim == down.ndim == 3:
-        return up.shape[1] == down.shape[2] and up.shape[2] == 2 * down.shape[1]
-    return getattr(module, "is_transposed", False) is True  # as Hugging Face's say
 
 
 @dataclass(frozen=True)

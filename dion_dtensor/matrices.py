@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -63,7 +63,17 @@ class Split(Protocol):
 
 def _need(split: object, shape: Sequence[int], fits: bool, what: str) -> None:
     if not fits:
-        raise ValueError(f"split={str(split)!r} needs {what}, not the shape {list(shape)}")
+        blocks = isinstance(split, ROW_BLOCKS) and len(shape) == 3
+        hint = f"; the matrices of a stack are cut by 'experts({split})'" if blocks else ""
+        raise ValueError(f"split={str(split)!r} needs {what}, not the shape {list(shape)}{hint}")
+
+
+def _positive(split: str, **values: Any) -> None:
+    for name, value in values.items():
+        numbers = value if name == "sizes" else (value,)
+        fits = isinstance(numbers, tuple) and len(numbers) > 0
+        if not fits or any(isinstance(n, bool) or not isinstance(n, int) or n < 1 for n in numbers):
+            raise ValueError(f"{split} needs positive integers for {name}, not {value!r}")
 
 
 @dataclass(frozen=True)
@@ -101,12 +111,15 @@ class Heads:
 
     count: int
 
+    def __post_init__(self) -> None:
+        _positive("heads", count=self.count)
+
     def __str__(self) -> str:
         return f"heads({self.count})"
 
     def pieces(self, shape: Sequence[int]) -> tuple[Piece, ...]:
         """One stack of all heads."""
-        fits = len(shape) == 2 and self.count > 0 and shape[0] % self.count == 0
+        fits = len(shape) == 2 and shape[0] % self.count == 0
         _need(self, shape, fits, f"a matrix whose rows divide by {self.count}")
         return (Piece(self.count, shape[0] // self.count, shape[1], 0),)
 
@@ -133,6 +146,9 @@ class InterleavedRows:
     sizes: tuple[int, ...]
     groups: int
     stacked: bool = False
+
+    def __post_init__(self) -> None:
+        _positive("interleaved_rows", sizes=self.sizes, groups=self.groups)
 
     def __str__(self) -> str:
         tail = ", True" if self.stacked else ""
@@ -226,6 +242,9 @@ class InterleavedColumns(_Across):
     groups: int
     stacked: bool = False
 
+    def __post_init__(self) -> None:
+        _positive("interleaved_columns", sizes=self.sizes, groups=self.groups)
+
     def __str__(self) -> str:
         return str(self.rows).replace("rows", "columns", 1)
 
@@ -311,18 +330,24 @@ def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
     """A split from its text, a sequence of rows' sizes, or a split itself.
 
     Raises:
-        ValueError: neither.
+        TypeError: neither a text, nor sizes, nor a split.
+        ValueError: a text that says no split, or sizes that are not positive.
     """
     if split is None or isinstance(split, SPLITS):
         return split
     if not isinstance(split, str):
-        return Rows(*split)  # type: ignore[misc]
+        if not isinstance(split, Iterable):
+            raise TypeError(
+                f"split={split!r} must be the sizes of blocks of rows, such as (q, k, v), or a split or its text; "
+                f"so many equal blocks are heads({split})"
+            )
+        return Rows(*split)
     if split in ("experts", "flatten"):
         return Experts() if split == "experts" else Flatten()
     match = re.fullmatch(r"(\w+)\((.*)\)", split)
     if match and match[1] == "experts":
-        inner = parse_split(match[2])
-        if not isinstance(inner, ROW_BLOCKS):
+        inner = parse_split(match[2]) if match[2].partition("(")[0] in KINDS else None
+        if inner is None:
             raise ValueError(f"split={split!r}: experts are cut into blocks, as in experts(rows(gate, up))")
         return Experts(inner)
     if match and match[1] in KINDS:

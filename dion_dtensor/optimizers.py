@@ -146,7 +146,8 @@ class Dion(OrthonormalOptimizer):
         rank_fraction: r = rank_multiple * ceil(rank_fraction * min(m, n) / rank_multiple), at most min(m, n).
         rank_multiple: see ``rank_fraction``.
         orthonormalize: "qr" assembles P, m x r, and takes its Householder QR; "rcqr" (randomized Cholesky QR) leaves
-            its rows where they are, and sends r x r and 1.25 r x r.
+            its rows where they are, and sends r x r and 1.25 r x r; matrices that are blocks of a weight (``split``)
+            take "qr".
         right_factor: "normalize" the columns of Q, or "orthonormalize" them (Orth-Dion, arXiv 2605.16341).
         path: "low_rank" sends P and R, (m + n) r numbers to every rank; "assemble" brings the momentum together and
             back, each matrix to one rank, which is less on long axes; "auto" takes what is predicted to cost less.

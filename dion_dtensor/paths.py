@@ -37,7 +37,8 @@ def chosen_path(
     """The way that ``path="auto"`` takes for ``count`` entries of ``form``; None where nothing is to be chosen.
 
     A function of the layout and of fixed figures of an accelerator, never of a measurement: all ranks decide alike.
-    Blocks of one parameter are priced as if they were apart; what they send together is within a factor of two of that.
+    Blocks of one parameter are priced as if they were apart.  Together they send up to twice that, more if they are of
+    many sizes below the width, since factors along the rows are as long as the parameter for each rank that there is.
     """
     if form is None or form.entry.mesh is None or "path" not in group:
         return None

@@ -87,7 +87,8 @@ def _step_of_blocks(momentum: Tensor, state: State, hyper: Hyper, split: Split) 
         return direction, new, *factors
 
     # Simulated ranks have other rows each, and share the code that is made for those held here.
-    if (hyper.path == "assemble" or is_simulated(local_of(momentum))) and not is_pending(momentum):
+    simulated = is_simulated(local_of(momentum))
+    if simulated or (hyper.path == "assemble" and not is_pending(momentum)):
         direction, B, *Qs = on_whole_matrices(stepped, B, *Qs, likes=(0, 0, *range(1, len(Qs) + 1)))
     else:
         direction, B, *Qs = stepped(B, *Qs)

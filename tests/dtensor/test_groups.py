@@ -169,7 +169,7 @@ def test_a_pattern_that_matches_nothing_or_twice_is_refused() -> None:
         with pytest.raises(ValueError, match="pattern 'nowhere' matches no parameter"):
             param_groups(Mixed(), **options)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"attention\.weight is matched by"):
-        param_groups(Mixed(), split={"attention": (8, 8)}, heads={"weight": 2})
+        param_groups(Mixed(), split={"attention": (8, 8)}, heads={"tion.weight": 2})
 
 
 def test_strict_audit_fails_closed() -> None:

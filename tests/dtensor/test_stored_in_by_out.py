@@ -105,3 +105,77 @@ def test_the_only_layer_of_a_stage_has_no_head() -> None:
     stage = nn.ModuleDict({"layers": nn.ModuleDict({"3": layer})})
     (matrices,) = param_groups(stage)
     assert [name for name, _ in matrices["params"]] == ["layers.3.query.weight", "layers.3.output.weight"]
+
+
+@pytest.mark.parametrize(
+    "split", [{"gate_up": "experts(rows(5, 5))"}, {"gate_up": "rows(5, 5)"}, {"gate_up": (5, 5)}]
+)
+def test_a_split_says_the_rows_of_the_logical_matrix_in_any_form(split: dict[str, Any]) -> None:
+    model = Experts(torch.randn(3, 8, 10), torch.randn(3, 5, 8))
+    groups = {
+        group["split"]: [name for name, _ in group["params"]] for group in param_groups(model, split=split)
+    }
+    assert groups == {"experts(columns(5, 5))": ["gate_up_proj"], "experts(columns(8))": ["down_proj"]}
+    whole = param_groups(model, split={"gate_up": "experts"})
+    assert [group["split"] for group in whole] == ["experts(columns(10))", "experts(columns(8))"]
+
+
+def test_a_gate_and_up_that_are_interleaved_are_not_cut_into_halves() -> None:
+    model = Experts(torch.randn(3, 8, 10), torch.randn(3, 5, 8))
+    model.is_concatenated = False  # type: ignore[assignment]
+    for options in ({"heads": {"gate_up": 2}}, {"split": {"gate_up": (5, 5)}}):
+        with pytest.raises(ValueError, match=r"gate_up_proj \[3, 8, 10\].*'interleaved_rows\(\(1, 1\), 5\)'"):
+            param_groups(model, **options)  # type: ignore[arg-type]
+    groups = param_groups(model, split={"gate_up": "interleaved_rows((1, 1), 5)"})
+    assert "experts(interleaved_columns((1, 1,), 5))" in [group["split"] for group in groups]
+
+
+def test_what_cannot_be_cut_is_told_by_name() -> None:
+    model = Experts(torch.randn(3, 8, 10), torch.randn(3, 5, 8))
+    with pytest.raises(ValueError, match=r"gate_up_proj \[3, 8, 10\], stored as \[in, out\].*divide by 3"):
+        param_groups(model, heads={"gate_up": 3})
+    with pytest.raises(TypeError, match=r"heads=\{'gate_up': \(5, 5\)\} must be a number"):
+        param_groups(model, heads={"gate_up": (5, 5)})  # type: ignore[dict-item]
+    with pytest.raises(TypeError, match=r"so many equal blocks are heads\(2\)"):
+        param_groups(model, split={"gate_up": 2})  # type: ignore[dict-item]
+    tied = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4))
+    with pytest.raises(ValueError, match=r"'0' is to cut matrices, but matches only 0\.weight \(embedding\)"):
+        param_groups(tied, heads={"0": 2})
+    assert param_groups(tied, heads={"0": 2}, missing_ok=True)
+
+
+class Pretrained(nn.Module):
+    """Names its output as Hugging Face's do, and holds a pooler that is called a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = nn.ModuleDict({"dense": nn.Linear(4, 4, bias=False)})
+        self.predictions = nn.Linear(4, 9, bias=False)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.predictions
+
+
+def test_a_model_may_name_its_output_itself() -> None:
+    matrices, rest = param_groups(Pretrained())
+    assert matrices["reasons"] == {"head.dense.weight": "matrix"}
+    assert rest["reasons"] == {"predictions.weight": "output head"}
+
+
+@pytest.mark.parametrize("name", ["ctc_head", "head", "cls_score", "token_classifier"])
+def test_a_linear_is_a_head_by_its_name(name: str) -> None:
+    model = nn.ModuleDict(
+        {"body": nn.ModuleDict({"proj": nn.Linear(4, 4, bias=False), name: nn.Linear(4, 2)})}
+    )
+    assert param_groups(model)[-1]["reasons"][f"body.{name}.weight"] == "output head"
+
+
+def test_small_parameters_that_modules_hold_are_no_matrices() -> None:
+    model = nn.Module()
+    for name, shape in {"pos_bias_u": (4, 8), "biases": (4, 8), "latents": (6, 8), "D": (1, 8)}.items():
+        model.register_parameter(name, nn.Parameter(torch.ones(shape)))
+    model.gate = nn.Linear(8, 1, bias=False)
+    matrices, rest = param_groups(model)
+    assert [name for name, _ in matrices["params"]] == ["gate.weight"]
+    assert len(rest["params"]) == 4
+    audit(Muon([matrices, rest], compile=False), strict=True)

@@ -1,0 +1,144 @@
+"""What modules say of their parameters: which are embeddings, heads, convolutions, or stored as ``[in, out]``."""
+
+from __future__ import annotations
+
+import re
+
+from torch import Tensor, nn
+
+from dion_dtensor.state import WRAPPER_PREFIXES, without_wrappers
+
+__all__ = [
+    "CONVOLUTION",
+    "CONVOLUTION_IN_BY_OUT",
+    "CUT_AS_ASKED",
+    "EMPTY",
+    "EXPECTED",
+    "EXPERTS_IN_BY_OUT",
+    "INTERLEAVED",
+    "IN_BY_OUT",
+    "NO_STACK",
+    "plain_names",
+    "roles",
+]
+
+# Of modules whose last Linear is a head.
+HEADS = ("head", "lm_head", "classification_head", "embed_out", "qa_outputs")
+TOP_HEADS = ("output", "classifier", "heads", "fc", "score")
+# Of a Linear that is a head itself.
+LAYERS = re.compile(
+    r"(^|_)(head|classifier)$|^(cls_score|bbox_pred|class_embed|class_predictor|seq_relationship)$"
+)
+# A model as an attribute of another module: of a LightningModule, of a wrapper.
+HELD = ("model", "net", "network", "module")
+# Parameters that a module holds itself: a table of positions, a class token, learned queries.
+TABLE = re.compile(
+    r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings|latent|latents|pointer|prompt|prompts)(_|$)"
+)
+# Biases of experts and of attention, decay rates of state-space models.
+NO_MATRIX = re.compile(r"(^|_)(bias|biases|log)(_[uv])?$")
+CONVOLUTION, CONVOLUTION_IN_BY_OUT = "convolution", "transposed convolution"
+IN_BY_OUT, EXPERTS_IN_BY_OUT = "stored as [in, out]", "experts stored as [in, out]"
+INTERLEAVED = "experts stored as [in, out], gate and up interleaved"
+NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
+MAGNITUDES, EMPTY, VECTOR = "magnitudes of a weight norm", "empty", "no matrix, by its shape"
+CUT_AS_ASKED = (CONVOLUTION, CONVOLUTION_IN_BY_OUT, IN_BY_OUT, EXPERTS_IN_BY_OUT, INTERLEAVED)
+EXPECTED = ("embedding", "output head", "excluded", NO_STACK, BY_NAME, VECTOR, MAGNITUDES, EMPTY)
+
+
+def roles(model: nn.Module) -> dict[int, str]:
+    """What a parameter is, by its id, where its module says so; embeddings last, since a tied head is one."""
+    found = {}
+    modules = dict(model.named_modules())
+    names = without_wrappers([f"{name}." if name else "" for name in modules])
+    given = [layer for module in modules.values() if (layer := _output_layer(module)) is not None]
+    for name, module in zip(names, modules.values(), strict=True):
+        *above, last = name.removesuffix(".").split(".")
+        on_top = last in TOP_HEADS and all(part in HELD for part in above)
+        if isinstance(module, nn.modules.conv._ConvNd):
+            kind = CONVOLUTION_IN_BY_OUT if module.transposed else CONVOLUTION
+            found.update({id(weight): kind for weight in _weights(module)})
+        elif _is_conv1d(module):
+            found.update({id(weight): IN_BY_OUT for weight in _weights(module)})
+        elif isinstance(module, nn.Linear):
+            if LAYERS.search(last) or last in HEADS or on_top:
+                found.update({id(weight): "output head" for weight in _weights(module)})
+        elif on_top or (last in HEADS and (not given or isinstance(module, nn.Sequential))):
+            # Where a model names its output itself, other modules called so may be hidden (poolers, transforms).
+            layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+            if layers:  # of a classifier of several layers, the last
+                found.update({id(weight): "output head" for weight in _weights(layers[-1])})
+    for layer in given:
+        found.update({id(weight): "output head" for weight in _weights(layer)})
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if (own := _own(module, name, parameter)) is not None:
+                found[id(parameter)] = own
+        if _is_embedding(module):
+            found.update({id(parameter): "embedding" for parameter in module.parameters(recurse=False)})
+    return found
+
+
+def _own(module: nn.Module, name: str, parameter: Tensor) -> str | None:
+    """What a parameter that ``module`` holds itself is, by its name and shape."""
+    if name in ("weight_g", "original0") and parameter.numel() == max(parameter.shape, default=1):
+        return MAGNITUDES
+    if TABLE.search(name):
+        return "embedding"
+    if parameter.ndim > 1 and NO_MATRIX.search(name):
+        return BY_NAME
+    if parameter.ndim == 2 and 1 in parameter.shape and "weight" not in name and "original" not in name:
+        return VECTOR
+    if parameter.ndim == 3 and 1 not in parameter.shape and _experts_in_by_out(module):
+        interleaved = "gate_up" in name and getattr(module, "is_concatenated", True) is False
+        return INTERLEAVED if interleaved else EXPERTS_IN_BY_OUT
+    return None
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters by the names that they have without wrappers."""
+    named = dict(model.named_parameters())
+    plain = dict(zip(without_wrappers(list(named)), named.values(), strict=True))
+    if len(plain) != len(named):
+        raise ValueError(f"without {WRAPPER_PREFIXES} two parameters of the model have the same name")
+    return plain
+
+
+def _weights(module: nn.Module) -> list[Tensor]:
+    """The parameters of the shape of a module's weight: itself, or what a weight or spectral norm makes it of."""
+    lists = getattr(module, "parametrizations", {})
+    own = lists["weight"].named_parameters() if "weight" in lists else module.named_parameters(recurse=False)
+    return [
+        one for name, one in own if name in ("weight", "weight_v", "weight_orig", "original", "original1")
+    ]
+
+
+def _output_layer(module: nn.Module) -> nn.Module | None:
+    """The layer that makes a Hugging Face model's output, by its own word."""
+    ask = getattr(module, "get_output_embeddings", None)
+    try:
+        layer = ask() if callable(ask) else None
+    except (AttributeError, NotImplementedError):
+        return None
+    return layer if isinstance(layer, nn.Module) else None
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """Also one of a quantized model, by the name of its class."""
+    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+        return True
+    named = any(kind.__name__.endswith("Embedding") for kind in type(module).__mro__)
+    return named and isinstance(getattr(module, "weight", None), Tensor)
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Hugging Face's, of GPT-2."""
+    return any(kind.__name__ == "Conv1D" for kind in type(module).__mro__)  # fully_shard makes a subclass
+
+
+def _experts_in_by_out(module: nn.Module) -> bool:
+    """Whether a module's gate-up beside its down projection shows experts ``[E, in, out]``, or it says so itself."""
+    up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+    if isinstance(up, Tensor) and isinstance(down, Tensor) and up.ndim == down.ndim == 3:
+        return up.shape[1] == down.shape[2] and up.shape[2] == 2 * down.shape[1]
+    return getattr(module, "is_transposed", False) is True  # as Hugging Face's say
