@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -212,36 +213,38 @@ def owners(
     Returns:
         By coordinates on those axes, the indices in the order in which the local shard has them.
     """
-    order = outer_first(sizes, placements)
-    held: dict[tuple[int, ...], list[int]] = {(): list(range(size))}
+    order, runs = _outer_first(sizes, placements)
+    held: dict[tuple[int, ...], Tensor] = {(): torch.arange(size)}
     for axis in order:
+        way: Any = Shard(0) if runs[axis] == 1 else _StridedShard(0, split_factor=runs[axis])
         split = {}
         for place, indices in held.items():
-            length = -(-len(indices) // sizes[axis])
-            for rank in range(sizes[axis]):
-                split[(*place, rank)] = indices[rank * length : (rank + 1) * length]
+            parts, _ = way._split_tensor(indices, sizes[axis], with_padding=False, contiguous=False)
+            split.update({(*place, rank): part for rank, part in enumerate(parts)})
         held = split
     return {
-        tuple(place[order.index(axis)] for axis in range(len(sizes))): indices
+        tuple(place[order.index(axis)] for axis in range(len(sizes))): indices.tolist()
         for place, indices in held.items()
     }
 
 
-def outer_first(sizes: Sequence[int], placements: Sequence[Placement]) -> list[int]:
-    """The axes that shard one dim in the order in which they cut it.
+def _outer_first(sizes: Sequence[int], placements: Sequence[Placement]) -> tuple[list[int], dict[int, int]]:
+    """The axes that shard one dim in the order in which they cut it, and into how many runs each of them does.
 
     From left to right, but a strided shard cuts what later axes left, as many as make its ``split_factor`` ranks.  Its
-    own way of cutting says the same only where shards are even.
+    own way of cutting, by runs, says the same where shards are even; where there are no such axes it is the only one.
     """
     order: list[int] = []
+    runs = {}
     for axis in reversed(range(len(sizes))):
         place, ranks = 0, 1
         factor = getattr(placements[axis], "split_factor", 1)
         while place < len(order) and ranks < factor:
             ranks *= sizes[order[place]]
             place += 1
+        runs[axis] = max(1, factor // ranks)
         order.insert(place, axis)
-    return order
+    return order, runs
 
 
 def compute_placements(

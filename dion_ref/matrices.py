@@ -246,6 +246,9 @@ class Experts:
         if self.inner is not None:
             _need_split(self.inner)
 
+    def __repr__(self) -> str:
+        return "Experts()" if self.inner is None else f"Experts({self.inner!r})"
+
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The tensor itself, a stack, or a stack a piece."""
         _need_dims(self, tensor, (3,))

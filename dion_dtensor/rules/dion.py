@@ -15,17 +15,15 @@ from torch import Tensor
 from dion_dtensor.assembly import (
     elementwise,
     is_pending,
-    local_of,
     norm,
     product,
     reduced,
     transposed,
     whole_dim,
 )
-from dion_dtensor.layout import is_simulated
+from dion_dtensor.low_rank_blocks import on_blocks
 from dion_dtensor.matrices import ROW_BLOCKS, Heads, Split, by_rows
 from dion_dtensor.orthonormalize import orthonormal_basis, product_dtype
-from dion_dtensor.rules.dion_blocks import on_blocks
 from dion_dtensor.rules.rule import Rule, Scalar, StateSpec, widest
 from dion_dtensor.rules.sharded_basis import sharded_basis
 from dion_dtensor.rules.shared import check_fraction, check_mu
@@ -82,16 +80,7 @@ def _step_of_blocks(momentum: Tensor, state: State, hyper: Hyper, split: Split) 
     across, _ = by_rows(split)
     B = transposed(momentum) if across else momentum
 
-    def stepped(B: Tensor, *Qs: Tensor) -> tuple[Tensor, ...]:
-        direction, new, factors = on_blocks(B, Qs, hyper, split, _outer)
-        return direction, new, *factors
-
-    # Simulated ranks have other rows each, and share the code that is made for those held here.
-    simulated = is_simulated(local_of(momentum))
-    if simulated or (hyper.path == "assemble" and not is_pending(momentum)):
-        direction, B, *Qs = on_whole_matrices(stepped, B, *Qs, likes=(0, 0, *range(1, len(Qs) + 1)))
-    else:
-        direction, B, *Qs = stepped(B, *Qs)
+    direction, B, Qs = on_blocks(B, Qs, hyper, split, _outer)
     if across:
         direction, B = transposed(direction), transposed(B)
     stored = state.momentum.dtype

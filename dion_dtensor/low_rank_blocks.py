@@ -15,8 +15,17 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Placement
 
 from dion_dtensor import placements as algebra
-from dion_dtensor.assembly import across, from_local, local_of, norm, placed, reduced, whole_dim
-from dion_dtensor.layout import owners
+from dion_dtensor.assembly import (
+    across,
+    from_local,
+    is_pending,
+    local_of,
+    norm,
+    placed,
+    reduced,
+    whole_dim,
+)
+from dion_dtensor.layout import is_simulated, owners
 from dion_dtensor.matrices import Split, by_rows
 from dion_dtensor.orthonormalize import orthonormal_basis
 from dion_dtensor.whole_matrices import on_whole_matrices
@@ -43,6 +52,23 @@ def on_blocks(
     Returns:
         The direction, the new momentum, both as ``momentum`` lies, and the new factors.
     """
+
+    def whole(momentum: Tensor, *factors: Tensor) -> tuple[Tensor, ...]:
+        direction, kept, new = _on_blocks(momentum, factors, hyper, split, outer)
+        return direction, kept, *new
+
+    # Simulated ranks have other rows each, and share the code that is made for those held here.
+    if is_simulated(local_of(momentum)) or (hyper.path == "assemble" and not is_pending(momentum)):
+        likes = (0, 0, *range(1, len(factors) + 1))
+        direction, kept, *new = on_whole_matrices(whole, momentum, *factors, likes=likes)
+        return direction, kept, new
+    return _on_blocks(momentum, factors, hyper, split, outer)
+
+
+def _on_blocks(
+    momentum: Tensor, factors: Sequence[Tensor], hyper: Any, split: Split, outer: Outer
+) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """Where the parameters lie."""
     dtype, X = momentum.dtype, local_of(momentum)
     Qs = [local_of(Q).to(dtype) for Q in factors]
     shapes = [(piece.m, piece.n) for piece in by_rows(split)[1].pieces(momentum.shape[1:])]
