@@ -63,11 +63,11 @@ def param_groups(
     since its rows are inputs), the weight of a Hugging Face ``Conv1D`` the transpose of what is stored
     (``split="columns(out)"``), any other 3-D weight a stack of experts (``split="experts"``) unless one of its dims is
     one, as of class tokens and layer scales; a 2-D one with such a dim is no matrix unless it is a layer's weight.
-    Experts stored as ``[E, in, out]`` (gpt-oss, Llama 4) are told by a
-    ``gate_up_proj`` beside a ``down_proj``, or by an attribute ``is_transposed`` of their module, and step as their
-    transposes.  Parameters that a module holds itself and whose names speak of positions, tokens or embeddings count as
-    embeddings; ``*bias`` and ``*_log`` of two dims or more go to ``scalar`` too.  Works on plain, FSDP2- and TP-wrapped
-    models, on Hugging Face's and torchvision's.
+    Experts stored as ``[E, in, out]`` (gpt-oss, Llama 4) are told by a ``gate_up_proj`` beside a ``down_proj``, or by
+    an attribute ``is_transposed`` of their module, and step as their transposes.  Parameters that a module holds itself
+    and whose names speak of positions, tokens, embeddings, latents, pointers or prompts count as embeddings; ``*bias``
+    and ``*_log`` of two dims or more go to ``scalar`` too.  Works on plain, FSDP2- and TP-wrapped models, on Hugging
+    Face's and torchvision's.
 
     Args:
         model: its trainable parameters are each claimed exactly once.
@@ -202,7 +202,7 @@ def _as_stored(split: Split | None, name: str, parameter: Tensor, why: str | Non
 
 
 def _aliases(model: nn.Module) -> dict[int, list[str]]:
-    """All names of each parameter, by its id: of tied ones ``_plain_names`` has the first only."""
+    """All names of each parameter, by its id: of tied ones ``plain_names`` has the first only."""
     named = list(model.named_parameters(remove_duplicate=False))
     aliases: dict[int, list[str]] = {}
     for name, (_, parameter) in zip(without_wrappers([name for name, _ in named]), named, strict=True):

@@ -74,7 +74,9 @@ def roles(model: nn.Module) -> dict[int, str]:
         for name, parameter in module.named_parameters(recurse=False):
             if (own := _own(module, name, parameter)) is not None:
                 found[id(parameter)] = own
-        if _is_embedding(module):
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag):  # a parametrization holds the weight of some
+            found.update({id(parameter): "embedding" for parameter in module.parameters()})
+        elif _is_embedding(module):
             found.update({id(parameter): "embedding" for parameter in module.parameters(recurse=False)})
     return found
 
@@ -124,9 +126,7 @@ def _output_layer(module: nn.Module) -> nn.Module | None:
 
 
 def _is_embedding(module: nn.Module) -> bool:
-    """Also one of a quantized model, by the name of its class."""
-    if isinstance(module, nn.Embedding | nn.EmbeddingBag):
-        return True
+    """Whether it is one by the name of its class, as of a quantized model."""
     named = any(kind.__name__.endswith("Embedding") for kind in type(module).__mro__)
     return named and isinstance(getattr(module, "weight", None), Tensor)
 

@@ -179,3 +179,18 @@ def test_small_parameters_that_modules_hold_are_no_matrices() -> None:
     assert [name for name, _ in matrices["params"]] == ["gate.weight"]
     assert len(rest["params"]) == 4
     audit(Muon([matrices, rest], compile=False), strict=True)
+
+
+class QuantEmbedding(nn.Module):
+    """As a quantized model has it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(9, 4))
+
+
+def test_embeddings_are_known_in_other_clothes() -> None:
+    normed = nn.utils.parametrizations.weight_norm(nn.Embedding(9, 4))
+    for model in (normed, nn.Sequential(QuantEmbedding())):
+        (rest,) = param_groups(model)
+        assert "embedding" in rest["reasons"].values()
