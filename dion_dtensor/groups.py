@@ -157,11 +157,11 @@ def param_groups(
 
 
 def _heads(pattern: str, count: int) -> Heads:
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise TypeError(
-            f"heads={{{pattern!r}: {count!r}}} must be a number of blocks; sizes are given by split="
-        )
-    return Heads(count)
+    try:
+        return Heads(count)
+    except ValueError as error:
+        message = f"heads={{{pattern!r}: {count!r}}} must be a number of blocks; sizes are given by split="
+        raise TypeError(message) from error
 
 
 def _as_stored(split: Split | None, name: str, parameter: Tensor, why: str | None) -> Split | None:

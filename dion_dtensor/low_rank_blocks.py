@@ -86,12 +86,12 @@ def _on_blocks(
     if not isinstance(momentum, DTensor):
         return direction, kept, Qs
     mesh, alone = momentum.device_mesh, algebra.of_only(momentum.placements, (0,))
-    whole = [from_local(Q, mesh, alone, tuple(old.shape)) for Q, old in zip(Qs, factors, strict=True)]
-    direction, kept = (
-        from_local(some, mesh, lies, tuple(momentum.shape))
-        for some, lies in ((direction, algebra.of_reduced(momentum.placements)), (kept, momentum.placements))
-    )
-    return direction, kept, whole  # type: ignore[return-value]
+    whole: list[Tensor] = [
+        from_local(Q, mesh, alone, tuple(old.shape)) for Q, old in zip(Qs, factors, strict=True)
+    ]
+    shape, lies = tuple(momentum.shape), momentum.placements
+    direction = from_local(direction, mesh, algebra.of_reduced(lies), shape)
+    return direction, from_local(kept, mesh, lies, shape), whole
 
 
 def _stepped(

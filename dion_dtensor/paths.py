@@ -46,6 +46,7 @@ def chosen_path(
     algorithm = "orth_dion" if group.get("right_factor") == "orthonormalize" else rule.name
     if algorithm not in ALIKE or not form.travels:
         return None
+    # Chosen slices of blocks are exchanged as asked for: nothing foresees yet what assembling them would cost.
     if form.cut is not None and not (rule.name == "dion" and rule.cuts(form.cut)):
         return None
     assert entry.mesh is not None

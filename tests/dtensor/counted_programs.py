@@ -13,6 +13,7 @@ from torch.profiler import ProfilerActivity, profile
 from conformance.bench.traffic import ITEMSIZE, SENT
 from conformance.plan.counting import Recorder, launched
 from dion_dtensor import Dion, Dion2, Dion3, Muon, NorMuon
+from dion_dtensor.buckets import Bucket
 from tests.dtensor.layouts import Layout, build_mesh, lay_out, placements
 
 CASES: tuple[tuple[str, dict[str, Any]], ...] = (
@@ -89,15 +90,8 @@ def sent_by_a_split(place: Layout, shape: tuple[int, int], split: str | None) ->
         (Dion2, {"fraction": 0.25}),
         (Dion3, {"fraction": 0.25}),
     ):
-        weights = [torch.nn.Parameter(lay_out(torch.ones(shape), place, mesh)) for _ in range(8)]
-        group = {"params": [(f"fused.{i}", weight) for i, weight in enumerate(weights)], "split": split}
-        optimizer = rule([group], compile=False, compute_dtype=torch.bfloat16, **options)
-        for weight in weights:
-            assert isinstance(weight, DTensor)
-            weight.grad = lay_out(torch.ones(shape), place, mesh)
-        with Recorder(mesh, ()) as recorder:
-            optimizer.step()
-        result[rule.__name__] = sum(one.bytes for one in recorder.transfers)
+        options = {"compute_dtype": torch.bfloat16, **options}
+        result[rule.__name__], _ = _sent(rule, mesh, place, shape, split, options)
     return result
 
 
@@ -106,16 +100,30 @@ def sent_by_dion(place: Layout, shape: tuple[int, int], split: str, path: str) -
     mesh = build_mesh(place)
     if mesh.get_coordinate() is None:
         return None
+    sent, bucket = _sent(Dion, mesh, place, shape, split, {"rank_fraction": 0.125, "path": path})
+    assert bucket.choice is not None
+    return sent, bucket.choice.cost.bytes()
+
+
+def _sent(
+    rule: type[Any],
+    mesh: DeviceMesh,
+    place: Layout,
+    shape: tuple[int, int],
+    split: str | None,
+    options: dict[str, Any],
+) -> tuple[float, Bucket]:
+    """The bytes of a step on eight weights, and their bucket."""
     weights = [torch.nn.Parameter(lay_out(torch.ones(shape), place, mesh)) for _ in range(8)]
     group = {"params": [(f"fused.{i}", weight) for i, weight in enumerate(weights)], "split": split}
-    optimizer = Dion([group], rank_fraction=0.125, path=path, compile=False)
+    optimizer = rule([group], compile=False, **options)
     for weight in weights:
+        assert isinstance(weight, DTensor)
         weight.grad = lay_out(torch.ones(shape), place, mesh)
     with Recorder(mesh, ()) as recorder:
         optimizer.step()
     (bucket,) = optimizer.buckets
-    assert bucket.choice is not None
-    return sum(one.bytes for one in recorder.transfers), bucket.choice.cost.bytes()
+    return sum(one.bytes for one in recorder.transfers), bucket
 
 
 def memory_on_ranks(place: Layout) -> list[tuple[str, float, float]] | None:
