@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -177,13 +178,13 @@ class InterleavedRows:
         return torch.cat(blocks, dim=2).flatten(1, 2)
 
 
-class _Across:
+class _Across(ABC):
     """Blocks of columns of a weight stored as ``[in, out]``: those of rows of its transpose."""
 
     @property
+    @abstractmethod
     def rows(self) -> Split:
         """The same of the transpose."""
-        raise NotImplementedError
 
     def pieces(self, shape: Sequence[int]) -> tuple[Piece, ...]:
         """Those of the transpose."""
@@ -202,8 +203,9 @@ class _Across:
         return rows if number else rows.mT.contiguous()
 
     @property
+    @abstractmethod
     def _total(self) -> int:
-        raise NotImplementedError
+        """Columns of the weight."""
 
     def _a_number_a_row(self, shape: Sequence[int]) -> bool:
         return tuple(shape) == (self._total, 1)
