@@ -29,6 +29,7 @@ __all__ = [
     "laid_like",
     "local_of",
     "norm",
+    "on_all_ranks",
     "own_shard",
     "placed",
     "product",
@@ -226,6 +227,13 @@ def agreed_maximum(values: Tensor, mesh: DeviceMesh) -> Tensor:
         pending = [Partial("max") if other == axis else Replicate() for other in range(mesh.ndim)]
         values = DTensor.from_local(values, mesh, pending, run_check=False).full_tensor()
     return values
+
+
+def on_all_ranks(here: int, mesh: DeviceMesh, axes: Sequence[int]) -> int:
+    """How many the ranks of ``axes`` have together, ``here`` each."""
+    for axis in axes:
+        here *= mesh.size(axis)
+    return here
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dion_dtensor.assembly import elementwise, from_local, laid_like, local_of, whole_dim
-from dion_dtensor.matrices import Piece, Split
+from dion_dtensor import placements as algebra
+from dion_dtensor.assembly import elementwise, from_local, laid_like, local_of, placed, shards, whole_dim
+from dion_dtensor.chosen_columns import brought, taken_back
+from dion_dtensor.matrices import Piece, Split, by_rows
 from dion_dtensor.selection import column_sums, largest_rows, on_rows, own_rows
 from dion_dtensor.whole_matrices import on_whole_matrices
 
@@ -29,6 +31,7 @@ class Blocks(NamedTuple):
     """The logical matrices of a parameter ``[height, n]``.
 
     Attributes:
+        split: into blocks of rows, or of columns of what these are the rows of.
         pieces: by shape.
         rows: for each piece ``[count, m]``, which of the parameter's rows its matrices have.
         owner: ``[height]``, the number of the matrix that has each row.
@@ -36,6 +39,7 @@ class Blocks(NamedTuple):
         n: columns of all.
     """
 
+    split: Split
     pieces: tuple[Piece, ...]
     rows: tuple[Tensor, ...]
     owner: Tensor
@@ -47,12 +51,13 @@ def blocks_of(split: Split, stack: Tensor) -> Blocks:
     """Of each parameter in a stack ``[N, height, n]``.
 
     Args:
-        split: into blocks of rows.
+        split: into blocks of rows, or of columns of what ``stack`` is the transpose of.
         stack: a tensor or a DTensor.
     """
     height, n = stack.shape[1:]
-    pieces = split.pieces((height, n))
-    numbered = split.split(torch.arange(height, device=stack.device).view(1, -1, 1))
+    _, of_rows = by_rows(split)
+    pieces = of_rows.pieces((height, n))
+    numbered = of_rows.split(torch.arange(height, device=stack.device).view(1, -1, 1))
     rows = tuple(stack.flatten(1) for stack in numbered)
     heights = tuple(piece.m for piece in pieces for _ in range(piece.count))
     numbers = [
@@ -60,7 +65,7 @@ def blocks_of(split: Split, stack: Tensor) -> Blocks:
     ]
     order = torch.cat([some.flatten() for some in rows])
     owner = torch.empty_like(order).scatter(0, order, torch.cat(numbers))
-    return Blocks(pieces, rows, owner, heights, n)
+    return Blocks(split, pieces, rows, owner, heights, n)
 
 
 def on_rows_of_blocks(
@@ -127,17 +132,15 @@ def on_columns_of_blocks(
 
     Args:
         function: of stacks ``[j, k, m]``.
-        stack, blocks, which, number, chain: as in :func:`on_rows_of_blocks`. Of ``stack``, columns that are sharded are
-            assembled.
+        stack, blocks, which, number, chain: as in :func:`on_rows_of_blocks`.
         norms_of: likewise, by whose column sums is chosen.
-        assemble: bring the rows of all blocks together, not of these alone.
+        assemble: bring all columns, and the rows of all blocks together, not the chosen ones of these alone.
 
     Returns:
         ``[N, height, n]``, zero but for the chosen columns of the logical matrices, and which those are, as zeros and
         ones.
     """
-    storage, k = stack, number(blocks.n)
-    stack, device = whole_dim(stack, 2), stack.device
+    k, device = number(blocks.n), stack.device
     pieces = {index: blocks.pieces[index] for index in which}
     heights = [piece.m for piece in pieces.values() for _ in range(piece.count)]
     matrices = [piece.first + one for piece in pieces.values() for one in range(piece.count)]
@@ -147,7 +150,7 @@ def on_columns_of_blocks(
     sums = column_sums(norms_of, owner, heights)
     chosen = largest_rows(sums.flatten(0, 1), k).view(*sums.shape[:2], k)
     here = own_rows(owner, stack)
-    columns, real = chosen[:, here.clamp(max=count - 1)], (here < count).unsqueeze(-1)
+    known, real = here.clamp(max=count - 1), (here < count).unsqueeze(-1)
 
     every = assemble or len(pieces) == len(blocks.pieces)
     # The rows of these matrices in their order, and the place of each row among them.
@@ -163,25 +166,50 @@ def on_columns_of_blocks(
             result[:, places[index]] = made.reshape(len(some), piece.count * piece.m, k)
         return result
 
-    def laid(local: Tensor) -> Tensor:
-        if not isinstance(stack, DTensor):
-            return local
-        shape = (*stack.shape[:2], local.shape[2])
-        return from_local(local, stack.device_mesh, stack.placements, shape)
+    def worked(values: Tensor) -> Tensor:
+        """``values`` ``[N, height, k]``, of each row its matrix's chosen columns."""
+        if every:
+            result: Tensor = on_whole_matrices(on_pieces, values)
+        else:
+            total = sum(piece.m * piece.count for piece in pieces.values())
+            rows = torch.argsort(~mine, stable=True)[:total].expand(len(local_of(values)), -1)
+            result = on_rows(on_pieces, values, rows, chain=chain)
+        return result
 
-    values = torch.where(real, local_of(stack).gather(2, columns), 0)
-    if every:
-        result = local_of(on_whole_matrices(on_pieces, laid(values)))
+    chain = [] if chain is None else chain
+    chain.append(sums)
+    ones = torch.zeros(*sums.shape, dtype=stack.dtype, device=device).scatter(2, chosen, 1)
+    if isinstance(stack, DTensor):
+        ones = placed(ones, stack.device_mesh, algebra.of_only(stack.placements, (2,)))
+    mask = torch.where(real, ones[:, known], 0)
+    if isinstance(stack, DTensor) and shards(stack, 2) and not assemble:
+        values, flight = brought(stack, chosen, blocks.split, matrices, chain)
+        spread: Tensor = taken_back(worked(values), flight, chain)
     else:
-        total = sum(piece.m * piece.count for piece in pieces.values())
-        rows = torch.argsort(~mine, stable=True)[:total].expand(len(values), -1)
-        chain = [] if chain is None else chain
-        chain.append(sums)
-        result = local_of(on_rows(on_pieces, laid(values), rows, chain=chain))
-    mask = torch.zeros_like(local_of(stack)).scatter_add(2, columns, real.expand_as(values).to(values.dtype))
-    spread = torch.zeros_like(local_of(stack), dtype=result.dtype)
-    spread = spread.scatter_add(2, columns, torch.where(real, result, 0))
-    return laid_like(laid(spread), storage), laid_like(laid(mask), storage)
+        spread = _on_gathered(worked, stack, chosen[:, known], real)
+    return spread, _laid(mask, stack, blocks.n)
+
+
+def _on_gathered(
+    function: Callable[[Tensor], Tensor], stack: Tensor, columns: Tensor, real: Tensor
+) -> Tensor:
+    """``function`` of ``columns`` ``[N, rows held here, k]``, one choice a row, where every rank has all columns.
+
+    Returns:
+        ``[N, height, n]`` that lies as ``stack``, zero but for those; all of a row that is not ``real``.
+    """
+    whole = whole_dim(stack, 2)
+    values = torch.where(real, local_of(whole).gather(2, columns), 0)
+    made = torch.where(real, local_of(function(_laid(values, whole, columns.shape[2]))), 0)
+    spread = torch.zeros_like(local_of(whole), dtype=made.dtype).scatter_add(2, columns, made)
+    return laid_like(_laid(spread, whole, stack.shape[2]), stack)
+
+
+def _laid(local: Tensor, like: Tensor, width: int) -> Tensor:
+    """``[N, height, width]`` that lies as ``like``."""
+    if not isinstance(like, DTensor):
+        return local
+    return from_local(local, like.device_mesh, like.placements, (*like.shape[:2], width))
 
 
 def scaled_where(stack: Tensor, mask: Tensor, factor: Any) -> Tensor:

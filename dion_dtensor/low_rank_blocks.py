@@ -25,15 +25,14 @@ from dion_dtensor.assembly import (
     reduced,
     whole_dim,
 )
-from dion_dtensor.layout import is_simulated, owners
+from dion_dtensor.layout import is_simulated
 from dion_dtensor.matrices import Split, by_rows
 from dion_dtensor.orthonormalize import orthonormal_basis
+from dion_dtensor.spans import Span, index_of, spans
 from dion_dtensor.whole_matrices import on_whole_matrices
 
 __all__ = ["on_blocks"]
 
-Span = tuple[int, int, tuple[int, ...]]
-"""Indices: from the first number up to the second, or those listed."""
 Outer = Callable[[Tensor, Tensor, torch.dtype], Tensor]
 
 
@@ -72,13 +71,13 @@ def _on_blocks(
     dtype, X = momentum.dtype, local_of(momentum)
     Qs = [local_of(Q).to(dtype) for Q in factors]
     shapes = [(piece.m, piece.n) for piece in by_rows(split)[1].pieces(momentum.shape[1:])]
-    spans = _spans(*_mesh_of(momentum), split, (momentum.shape[1], momentum.shape[2]))
+    found = spans(*_mesh_of(momentum), split, (momentum.shape[1], momentum.shape[2]))
     direction, kept = torch.zeros_like(X), X.clone()
     # Blocks of one rank and one side for P go together.
     kinds = [(m >= n, Q.shape[-1]) for (m, n), Q in zip(shapes, Qs, strict=True)]
     for kind in dict.fromkeys(kinds):
         which = [index for index, own in enumerate(kinds) if own == kind]
-        blocks = _Blocks(momentum, [spans[index] for index in which])
+        blocks = _Blocks(momentum, [found[index] for index in which])
         tall, _ = kind
         new = _stepped(blocks, [Qs[index] for index in which], tall, hyper, outer, direction, kept)
         for index, Q in zip(which, new, strict=True):
@@ -154,10 +153,10 @@ class _Blocks:
         own: which of the matrix's own rows these are.
     """
 
-    def __init__(self, stack: Tensor, spans: Sequence[tuple[Span, Span, Span]]) -> None:
+    def __init__(self, stack: Tensor, found: Sequence[tuple[Span, Span, Span]]) -> None:
         self.stack, self.local = stack, local_of(stack)
         self.rows, self.here, self.own = (
-            [_index(span, stack.device) for span in some] for some in zip(*spans, strict=True)
+            [index_of(span, stack.device) for span in some] for some in zip(*found, strict=True)
         )
 
     def matrices(self) -> list[Tensor]:
@@ -310,38 +309,3 @@ def _columns_pending(placements: tuple[Placement, ...]) -> tuple[Placement, ...]
 
 def _mesh_of(stack: Tensor) -> tuple[DeviceMesh | None, tuple[Placement, ...]]:
     return (stack.device_mesh, stack.placements) if isinstance(stack, DTensor) else (None, ())
-
-
-@algebra.constant
-def _spans(
-    mesh: DeviceMesh | None, placements: tuple[Placement, ...], split: Split, shape: tuple[int, int]
-) -> tuple[tuple[Span, Span, Span], ...]:
-    """Of each matrix: its rows in the parameter, where in the local shard those held here lie, and which they are."""
-    held = list(range(shape[0]))
-    if mesh is not None:
-        axes, here = algebra.axes_sharding(placements, 1), mesh.get_coordinate()
-        assert here is not None
-        sizes = tuple(mesh.size(axis) for axis in axes)
-        every = owners(shape[0], sizes, tuple(placements[axis] for axis in axes))
-        held = every[tuple(here[axis] for axis in axes)]
-    place = {row: position for position, row in enumerate(held)}
-    found = []
-    # In here, since Dynamo hands on no split that was made in code that it traces.
-    _, split = by_rows(split)
-    for piece in split.split(torch.arange(shape[0]).view(1, -1, 1)):
-        rows = piece.flatten().tolist()
-        own = [index for index, row in enumerate(rows) if row in place]
-        found.append((_span(rows), _span([place[rows[index]] for index in own]), _span(own)))
-    return tuple(found)
-
-
-def _span(indices: list[int]) -> Span:
-    if not indices:
-        return 0, 0, ()
-    first, last = indices[0], indices[-1] + 1
-    return (first, last, ()) if indices == list(range(first, last)) else (0, 0, tuple(indices))
-
-
-def _index(span: Span, device: torch.device) -> slice | Tensor:
-    first, last, indices = span
-    return torch.tensor(indices, device=device) if indices else slice(first, last)

@@ -20,6 +20,7 @@ from dion_dtensor.assembly import (
     elementwise,
     from_local,
     local_of,
+    on_all_ranks,
     placed,
     relaid,
     whole_dim,
@@ -28,7 +29,16 @@ from dion_dtensor.exchange import finish_rows, on_host, route, start_fetch, star
 from dion_dtensor.layout import is_simulated, sharing_axes
 from dion_dtensor.whole_matrices import in_turns, on_whole_matrices
 
-__all__ = ["column_sums", "largest_rows", "on_rows", "own_rows", "row_sums", "scaled_rows", "slices"]
+__all__ = [
+    "column_sums",
+    "largest_rows",
+    "on_rows",
+    "own_rows",
+    "row_sums",
+    "scaled_rows",
+    "sharing",
+    "slices",
+]
 
 
 @algebra.constant
@@ -242,7 +252,7 @@ def _exchanged(
     """
     mesh, storage, local = stack.device_mesh, stack.placements, stack.to_local()
     count, k = chosen.shape
-    split, ranks = _sharing(mesh, storage, count)
+    split, ranks = sharing(mesh, storage, count)
     placements = algebra.of_exchanged(storage, split)
     number = route(mesh, storage, stack.shape[1], split)
     padded = in_turns(stack, k, ranks, count + -count % ranks)
@@ -283,13 +293,14 @@ def _worked(
 ) -> list[Tensor]:
     """``function`` on chosen ``rows`` ``[j, k, n]`` and ``values`` ``[j, k, 1]``, local shards of ``placements``."""
     mesh = stack.device_mesh
-    shape = _global_shape(rows, mesh, placements, stack.shape[2])
+    count = on_all_ranks(len(rows), mesh, algebra.axes_sharding(placements, 0))
+    shape = (count, rows.shape[1], stack.shape[2])
     given = (from_local(one, mesh, algebra.of_only(placements, (0,)), (*shape[:2], 1)) for one in values)
     result = on_whole_matrices(function, from_local(rows, mesh, placements, shape), *given)
     return [one.to_local() for one in (result if isinstance(result, tuple) else (result,))]
 
 
-def _sharing(mesh: DeviceMesh, storage: tuple[Placement, ...], count: int) -> tuple[tuple[int, ...], int]:
+def sharing(mesh: DeviceMesh, storage: tuple[Placement, ...], count: int) -> tuple[tuple[int, ...], int]:
     """The axes, of those that shard rows or hold copies, whose ranks share ``count`` matrices before rows are sent.
 
     And how many ranks that makes.
@@ -343,15 +354,6 @@ def _replaced(state: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
     return elementwise(replaced, state)
 
 
-def _global_shape(
-    rows: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ...], n: int
-) -> tuple[int, int, int]:
-    count = rows.shape[0]
-    for axis in algebra.axes_sharding(placements, 0):
-        count *= mesh.size(axis)
-    return count, rows.shape[1], n
-
-
 def _own_block(values: Tensor, mesh: DeviceMesh, split: tuple[int, ...], padded: int) -> Tensor:
     """Of ``values`` ``[N, ...]`` that every rank holds, those of the matrices that this rank works on."""
     if not split:
@@ -364,7 +366,5 @@ def _all_blocks(values: Tensor, mesh: DeviceMesh, split: tuple[int, ...]) -> Ten
     """The way back of :func:`_own_block`."""
     if not split:
         return values
-    count = values.shape[0]
-    for axis in split:
-        count *= mesh.size(axis)
-    return relaid(values, mesh, split, (), (count, *values.shape[1:]))
+    shape = (on_all_ranks(len(values), mesh, split), *values.shape[1:])
+    return relaid(values, mesh, split, (), shape)

@@ -60,8 +60,8 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
     wide = widest(state.momentum, grad)
     momentum = elementwise(lambda M, G: M.to(wide) + G.to(wide), state.momentum, grad)
     if hyper.split is not None:
-        across, split = by_rows(hyper.split)
-        direction, decayed = _on_blocks(transposed(momentum) if across else momentum, split, hyper)
+        across, _ = by_rows(hyper.split)
+        direction, decayed = _on_blocks(transposed(momentum) if across else momentum, hyper.split, hyper)
     else:
         # Slices lie along the shorter side of the full shape.
         across = momentum.shape[1] > momentum.shape[2]

@@ -74,10 +74,10 @@ def update(grad: Tensor, state: State, hyper: Hyper) -> tuple[Tensor, State]:
         chosen = largest_rows(row_sums(momentum), number(momentum.shape[1]))
         direction, variance = on_rows(normalized, rounded, chosen, variance, assemble=assemble)
     else:
-        across, split = by_rows(hyper.split)
+        across, _ = by_rows(hyper.split)
         if across:
             momentum, rounded = transposed(momentum), transposed(rounded)
-        blocks = blocks_of(split, momentum)
+        blocks = blocks_of(hyper.split, momentum)
         every = range(len(blocks.pieces))
         (direction, variance), chosen = on_rows_of_blocks(
             normalized, rounded, row_sums(momentum), blocks, every, number, variance, assemble=assemble

@@ -26,7 +26,7 @@ COMPILED = [layout(text) for text in ("2x2 T0 S0", "2x2 S0 S1", "2x2 R S0", "4 S
     [
         *((name, "rows(13, 3, 4)", "3 S0") for name in ("normuon", "dion2", "dion3")),
         *((name, "rows(3, 2)", "4 S0") for name in ("dion", "dion2", "dion3")),  # a rank holds nothing
-        ("dion", "rows(13, 3, 4)", "2x2 S0 S1"),
+        *((name, "rows(13, 3, 4)", "2x2 S0 S1") for name in ("dion", "dion2")),
         ("dion", "columns(9, 5, 5)", "2 S1"),
         slow("dion", "experts(interleaved_columns((1, 1), 4))", "2x2 S0 S2"),
         slow("orth_dion", "rows(13, 3, 4)", "2x2 S0 S1"),
