@@ -34,7 +34,7 @@ def undone_on_failure(buckets: Sequence[Bucket]) -> Iterator[None]:
     try:
         yield
         try:
-            agreed(torch.zeros(1), members)
+            agreed(torch.zeros(1, device="cpu"), members)
         except RuntimeError as error:
             raise RuntimeError(
                 f"this step was undone: the ranks could not agree that it is done; has a rank died? ({error})"

@@ -91,7 +91,7 @@ class Bucket:
         """Each member's state as the user sees it, the local shard."""
         for member in self.members:
             if self._counts_steps:
-                member.views["step"] = torch.zeros((), dtype=torch.float32)
+                member.views["step"] = torch.zeros((), dtype=torch.float32, device="cpu")
             for key in self.stacks:
                 member.views[key] = member.shown(self.forms[member][key].shown, self._own[key][member])
 
@@ -169,7 +169,8 @@ class Bucket:
         assert form.cut is not None
         pieces = form.entry_pieces
         columns = [
-            torch.full((p.count, p.m, 1), s, dtype=torch.float64) for p, s in zip(pieces, scales, strict=True)
+            torch.full((p.count, p.m, 1), s, dtype=torch.float64, device="cpu")
+            for p, s in zip(pieces, scales, strict=True)
         ]
         rows = form.cut.merge(columns, (sum(p.count * p.m for p in pieces), 1))[0]
         values = rows.mT.contiguous() if form.across else rows

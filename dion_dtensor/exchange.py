@@ -28,6 +28,8 @@ __all__ = ["finish_rows", "forget", "on_host", "route", "start_fetch", "start_re
 
 EVERYWHERE = -1
 """In place of a coordinate: every rank of the axis has the row."""
+HOST = torch.device("cpu")
+"""Where indices are worked out, whatever torch's default device is."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -39,7 +41,7 @@ class Route:
         sizes: ranks of each axis.
         here: this rank's coordinates.
         sharded: for each axis, whether it shards the rows; otherwise each of its ranks holds all.
-        owner: ``[rows, axes]``, the coordinates of the rank that holds each row.
+        owner: ``[axes, rows]``, int16, the coordinates of the rank that holds each row.
         place: ``[rows]``, the row's index there.
         split: for each axis, whether its ranks share the matrices; otherwise each of them works on all.
     """
@@ -58,22 +60,23 @@ class Route:
         return tuple(sorted(range(len(self.sizes)), key=lambda axis: self.sharded[axis]))
 
     def workers(self, matrices: int) -> Tensor:
-        """``[matrices, axes]``, the coordinates of the ranks that work on each of ``matrices`` (a padded number)."""
-        where = torch.empty(matrices, len(self.sizes), dtype=torch.long)
-        block = torch.arange(matrices)
+        """``[axes, matrices]``, the coordinates of the ranks that work on each of ``matrices`` (a padded number)."""
+        where = torch.full((len(self.sizes), matrices), EVERYWHERE, dtype=torch.int16, device=HOST)
+        block = torch.arange(matrices, device=HOST)
         length = matrices
         for axis, size in enumerate(self.sizes):
             if self.split[axis]:
                 length //= size
-                where[:, axis] = block // length
+                where[axis] = block // length
                 block = block % length
-            else:
-                where[:, axis] = EVERYWHERE
         return where
 
     def here_of(self, at: Tensor) -> Tensor:
-        """Which of the rows (or matrices) with coordinates ``at`` this rank has."""
-        return ((at == torch.tensor(self.here)) | (at == EVERYWHERE)).all(dim=1)
+        """Which of the rows (or matrices) with coordinates ``at`` this rank has, their indices."""
+        here = torch.ones(at.shape[1], dtype=torch.bool, device=HOST)
+        for coordinates, own in zip(at, self.here, strict=True):
+            here &= (coordinates == own) | (coordinates == EVERYWHERE)
+        return here.nonzero().squeeze(1)
 
     def own(self, matrices: int) -> range:
         """The matrices that this rank works on."""
@@ -106,14 +109,14 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
         sharded = tuple(axis in sharding for axis in axes)
         coordinates = mesh.get_coordinate()
         assert coordinates is not None
-        holder = torch.empty(rows, len(sharding), dtype=torch.long)
-        place = torch.empty(rows, dtype=torch.long)
+        owner = torch.full((len(axes), rows), EVERYWHERE, dtype=torch.int16, device=HOST)
+        place = torch.empty(rows, dtype=torch.long, device=HOST)
         sizes = tuple(mesh.size(axis) for axis in sharding)
         for coordinate, held in owners(rows, sizes, tuple(placements[axis] for axis in sharding)).items():
-            holder[held] = torch.tensor(coordinate)
-            place[held] = torch.arange(len(held))
-        owner = torch.full((rows, len(axes)), EVERYWHERE)
-        owner[:, torch.tensor(sharded)] = holder
+            own = torch.tensor(held, dtype=torch.long, device=HOST)
+            for axis, rank in zip(sharding, coordinate, strict=True):
+                owner[axes.index(axis), own] = rank
+            place[own] = torch.arange(len(held), device=HOST)
         _known[key] = len(_routes)
         _routes.append(
             Route(
@@ -184,12 +187,12 @@ def forget() -> None:
 @torch.library.custom_op("dion_dtensor::on_host", mutates_args=())
 def on_host(chosen: Tensor) -> Tensor:
     """A copy of ``chosen`` for the host, which waits for it."""
-    return chosen.to("cpu", copy=True)
+    return chosen.to(HOST, copy=True)
 
 
 @on_host.register_fake
 def _(chosen: Tensor) -> Tensor:
-    return torch.empty_like(chosen, device="cpu")
+    return torch.empty_like(chosen, device=HOST)
 
 
 @torch.library.custom_op("dion_dtensor::start_fetch", mutates_args=())
@@ -207,9 +210,9 @@ def start_fetch(local: Tensor, chosen: Tensor, number: int, matrices: int, after
         A token for :func:`finish_rows`, which then gives ``[matrices of this rank, k, n]``, zero for padding.
     """
     way, k = _routes[number], chosen.shape[1]
-    picked, at = chosen.reshape(-1), way.owner[chosen.reshape(-1)]
-    workers = way.workers(matrices)[: len(chosen)].repeat_interleave(k, dim=0)
-    held = torch.arange(len(picked))[way.here_of(at)]
+    picked, at = chosen.reshape(-1), way.owner[:, chosen.reshape(-1)]
+    workers = way.workers(matrices)[:, : len(chosen)].repeat_interleave(k, dim=1)
+    held = way.here_of(at)
     flight = _sent(Rows(local, held // k, way.place[picked[held]], held), at, workers, way, way.order)
     which = flight.rows.which
     return _token(flight, which // k - way.own(matrices).start, which % k)
@@ -231,9 +234,9 @@ def start_return(
         chosen.
     """
     way, (count, k) = _routes[number], chosen.shape
-    picked, home = chosen.reshape(-1), way.owner[chosen.reshape(-1)]
-    at = way.workers(matrices)[:count].repeat_interleave(k, dim=0)
-    held = torch.arange(len(picked))[way.here_of(at)]
+    picked, home = chosen.reshape(-1), way.owner[:, chosen.reshape(-1)]
+    at = way.workers(matrices)[:, :count].repeat_interleave(k, dim=1)
+    held = way.here_of(at)
     rows = Rows(values, held // k - way.own(matrices).start, held % k, held)
     flight = _sent(rows, at, home, way, way.order[::-1])
     which = flight.rows.which
@@ -299,13 +302,13 @@ def _token(flight: Flight, first: Tensor, second: Tensor) -> Tensor:
 
 
 def _sent(rows: Rows, at: Tensor, target: Tensor, way: Route, order: Sequence[int]) -> Flight:
-    """Move rows from the ranks ``at`` ``[all, axes]`` to those of ``target``, along one axis after the other."""
+    """Move rows from the ranks ``at`` ``[axes, all]`` to those of ``target``, along one axis after the other."""
     flight, at = Flight(rows), at.clone()
     for axis in order:
-        flight = _hop(flight.landed(), at, target[:, axis], way, axis)
+        flight = _hop(flight.landed(), at, target[axis], way, axis)
     if flight.arriving is None:
         # A copy: the source may be what the operator was given, which the caller may write into before they are laid.
-        kept = torch.arange(len(flight.rows.which))
+        kept = torch.arange(len(flight.rows.which), device=HOST)
         copy = flight.rows.taken(kept).unsqueeze(0)
         flight = Flight(Rows(copy, torch.zeros_like(kept), kept, flight.rows.which), kept)
     return flight
@@ -316,20 +319,20 @@ def _hop(rows: Rows, at: Tensor, target: Tensor, way: Route, axis: int) -> Fligh
 
     Args:
         rows: what this rank has.
-        at: ``[all, axes]``, where every row is; its column of this axis becomes ``target``.
+        at: ``[axes, all]``, where every row is; its row of this axis becomes ``target``.
         target: ``[all]``, the coordinate each row goes to, or EVERYWHERE.
         way, axis: the route, and which of its axes.
     """
     ranks, mine, n = way.sizes[axis], rows.which, rows.source.shape[2]
-    came_from = at[:, axis].clone()
-    at[:, axis] = target
-    wanted = torch.arange(len(at))[way.here_of(at)]
+    came_from = at[axis].clone()
+    at[axis] = target
+    wanted = way.here_of(at)
     if bool((came_from == EVERYWHERE).all()):  # nothing has to travel
         kept = torch.isin(mine, wanted)
         return Flight(Rows(rows.source, rows.first[kept], rows.second[kept], mine[kept]))
     goes = target[mine]
     if bool((target == EVERYWHERE).all()):
-        order = torch.arange(len(mine)).repeat(ranks)
+        order = torch.arange(len(mine), device=HOST).repeat(ranks)
         counts = [len(mine)] * ranks
     else:
         order = torch.argsort(goes, stable=True)
@@ -343,6 +346,6 @@ def _hop(rows: Rows, at: Tensor, target: Tensor, way: Route, axis: int) -> Fligh
     received = sent.new_empty(len(wanted) * width)
     sizes_in, sizes_out = [one * width for one in expected], [one * width for one in counts]
     work = all_to_all_single(received, sent, sizes_in, sizes_out, group=way.groups[axis], async_op=True)
-    second = torch.empty_like(arriving).scatter_(0, arriving, torch.arange(len(arriving)))
+    second = torch.empty_like(arriving).scatter_(0, arriving, torch.arange(len(arriving), device=HOST))
     source = received.view(rows.source.dtype).view(1, len(wanted), n)
     return Flight(Rows(source, torch.zeros_like(second), second, wanted), arriving, work, sent)

@@ -82,7 +82,7 @@ def _problems(members: Sequence[Member]) -> list[str]:
     """What is wrong with each parameter's gradient on any rank; the same list on every rank."""
     mine = _codes(members)
     try:
-        found = agreed(torch.tensor([*mine, *(-code for code in mine)]), members)
+        found = agreed(torch.tensor([*mine, *(-code for code in mine)], device="cpu"), members)
     except RuntimeError as error:
         raise RuntimeError(
             "no parameter was changed by this step: the ranks could not agree on the gradients; has a rank died? "

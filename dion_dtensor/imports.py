@@ -64,7 +64,7 @@ def import_state_dict(optimizer: OrthonormalOptimizer, state_dict: Mapping[str, 
                 )
         taken = {ours_: state[theirs_] for ours_, theirs_ in keys.items()}
         if "step" in own:
-            taken["step"] = torch.tensor(float(saved["step"]))
+            taken["step"] = torch.tensor(float(saved["step"]), device="cpu")
         result["state"][position] = taken
     return result
 

@@ -214,7 +214,7 @@ def owners(
         By coordinates on those axes, the indices in the order in which the local shard has them.
     """
     order, runs = _outer_first(sizes, placements)
-    held: dict[tuple[int, ...], Tensor] = {(): torch.arange(size)}
+    held: dict[tuple[int, ...], Tensor] = {(): torch.arange(size, device="cpu")}
     for axis in order:
         way: Any = Shard(0) if runs[axis] == 1 else _StridedShard(0, split_factor=runs[axis])
         split = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from contextlib import nullcontext
 from typing import Any, TypedDict, Unpack, overload
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 
+from dion_dtensor.arithmetic import own_arithmetic
 from dion_dtensor.atomic import undone_on_failure
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.captured import Memory
@@ -224,7 +225,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Update every parameter that has a gradient; autocast changes the closure alone.
+        """Update every parameter that has a gradient; autocast and TF32 change the closure alone.
 
         Args:
             closure: evaluates the model again and returns the loss.
@@ -245,7 +246,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with _no_autocast({bucket.device.type for bucket in self.buckets}):
+        with own_arithmetic({bucket.device.type for bucket in self.buckets}):
             members = self.members()
             for group in self.param_groups:  # schedules write into them
                 check_group(group, foreign=True, wait=False)
@@ -363,16 +364,6 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         load_states(members, [states[member.parameter] for member in members])
         for bucket, pending in zip(self.buckets, self.__dict__.pop("_pending"), strict=True):
             bucket.pending = pending
-
-
-def _no_autocast(device_types: set[str]) -> ExitStack:
-    """The products of a step in the dtype that the optimizer was asked for, also under a training loop's autocast."""
-    stack = ExitStack()
-    for device_type in sorted(device_types):
-        if torch.amp.is_autocast_available(device_type):
-            # The dtype and the cache as ever, since Dynamo guards on them too.
-            stack.enter_context(torch.autocast(device_type, torch.bfloat16, False, cache_enabled=True))
-    return stack
 
 
 def _mesh_of(replicas: DeviceMesh | ProcessGroup | None) -> DeviceMesh | None:

@@ -34,8 +34,8 @@ def normal(rows: int, columns: int, *, seed: int, name: str, matrix: int = 0) ->
     digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
     key = (int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:8], "little"))
     blocks = -(-columns // 4)
-    block = torch.arange(blocks).expand(rows, blocks)
-    row = torch.arange(rows).unsqueeze(1).expand(rows, blocks)
+    block = torch.arange(blocks, device="cpu").expand(rows, blocks)
+    row = torch.arange(rows, device="cpu").unsqueeze(1).expand(rows, blocks)
     words = _philox((block, row, torch.full_like(block, matrix), torch.zeros_like(block)), key)
     uniform = [(word.double() + 0.5) / 2**32 for word in words]
     values = []

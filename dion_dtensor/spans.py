@@ -76,7 +76,7 @@ def rows_here(
 def _matrices(split: Split, height: int) -> list[list[int]]:
     """The rows of each matrix.  Dynamo hands on no split that was made in code that it traces, so it is turned here."""
     _, split = by_rows(split)
-    numbered = split.split(torch.arange(height).view(1, -1, 1))
+    numbered = split.split(torch.arange(height, device="cpu").view(1, -1, 1))
     return [matrix.tolist() for piece in numbered for matrix in piece.flatten(1).unbind()]
 
 

@@ -366,26 +366,6 @@ def test_parameters_that_a_wrapper_replaced_are_named() -> None:
         optimizer.load_state_dict(saved)
 
 
-@pytest.mark.parametrize("compile", [False, True])
-def test_autocast_changes_neither_the_update_nor_its_graph(compile: bool) -> None:
-    update_of.cache_clear()
-    results = []
-    for dtype in (None, torch.bfloat16, torch.float16):
-        weight = nn.Parameter(torch.ones(6, 4))
-        optimizer = Muon([weight], compile=compile)
-        weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-        if dtype is None:
-            torch._dynamo.utils.counters.clear()
-        with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=dtype is None):
-            seen: list[bool] = []
-            optimizer.step(lambda seen=seen: seen.append(torch.is_autocast_enabled("cpu")) or 0.0)  # type: ignore[misc]
-            assert seen == [dtype is not None]
-            assert torch.is_autocast_enabled("cpu") == seen[0]
-        results.append(weight.detach())
-    assert all(torch.equal(one, results[0]) for one in results)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == int(compile)
-
-
 @pytest.mark.parametrize(
     ("count", "fit", "lengths"),
     [(5, 2, [1] * 5), (6, 4, [3, 3]), (7, 3, [2, 2, 3]), (4, 9, [4]), (2, 0, [1, 1])],
