@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from dion_dtensor import updates
-from dion_dtensor.assembly import averaged, scattered
+from dion_dtensor.assembly import agreed_maximum, averaged, scattered
 from dion_dtensor.captured import Recorder, joined
 from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
 from dion_dtensor.paths import chosen_path, path_of
@@ -70,6 +70,8 @@ class Bucket:
         # A sum of gradients leaves the range of float16.
         own_dtype = torch.float32 if first.layout.dtype == torch.float16 else first.layout.dtype
         self.state_dtype = momentum_dtype or own_dtype
+        mesh = first.layout.mesh if first.form else None
+        self._groups = () if mesh is None else tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
         self.pending: tuple[int, ...] = ()
         """Mesh axes over which the momentum is still to be averaged."""
         self._counts_steps = rule.counts_steps(group)
@@ -218,18 +220,34 @@ class Bucket:
                 self._apply(members, list(self._split(changes, members, None)), scalars["decay"])
 
         if every and self.recorder is not None and self._capturable():
-            # The storage too: on all ranks of a mesh alike, those with an empty shard learn that weights have moved.
-            places = tuple(
-                (local.data_ptr(), local.untyped_storage()._cdata, local.stride())
-                for local in (member.local for member in members)
-            )
-            self.recorder.take((plan, self.group["cautious"], scale.data_ptr(), places), parts, update)
+            same = (plan, self.group["cautious"], scale.data_ptr())
+            self.recorder.take(same, self._places(), parts, update, self._on_all)
             return
         update(joined(parts))
         if not every:
             for key, stack in stacks.items():
                 for member, entries in zip(members, self._split(stack, members, key), strict=True):
                     self._own[key][member].copy_(entries)
+
+    def _places(self) -> Hashable:
+        """Where the weights lie; the storage too, since that of an empty shard has no address."""
+        return tuple(
+            (local.data_ptr(), local.untyped_storage()._cdata, local.stride())
+            for local in (member.local for member in self.members)
+        )
+
+    def has_moved(self) -> bool:
+        """Whether the weights no longer lie where the recorder, that counts turns or has a graph, saw them."""
+        places = None if self.recorder is None else self.recorder.places
+        return places is not None and places != self._places()
+
+    def _on_all(self, good: bool) -> bool:
+        """Whether ``good`` on all ranks that share the work."""
+        mesh = self.members[0].layout.mesh
+        if self.rule.elementwise or mesh is None:
+            return good
+        bad = torch.tensor([not good], dtype=torch.int32, device=mesh.device_type)
+        return not agreed_maximum(bad, mesh).item()
 
     def _fused(self, members: Sequence[Member], grads: Sequence[Tensor], count: float | None) -> bool:
         """Take the whole step by the rule's own kernel, if it has one for these tensors."""
@@ -309,7 +327,10 @@ class Bucket:
                 self._scalars[name] = cells if isinstance(value, tuple | list) else cells[0]
             stored = self._scalars[name]
             for cell, part in zip(stored if isinstance(stored, tuple) else (stored,), parts, strict=True):
-                cell.copy_(part.reshape(())) if isinstance(part, Tensor) else cell.fill_(part)
+                if isinstance(part, Tensor) and part.device.type != "cpu":
+                    cell.copy_(part.reshape(()))
+                else:  # as a number: to copy from the host's memory would wait for the device
+                    cell.fill_(float(part))
         return self._scalars
 
     def _plan(self, members: Sequence[Member]) -> Plan:
@@ -342,6 +363,7 @@ class Bucket:
             change_layout=grad_layout,
             states=tuple(states),
             size=size,
+            groups=self._groups,
             split=None if cut_by_rule else split,
             compile=self.compile,
         )

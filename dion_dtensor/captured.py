@@ -69,6 +69,8 @@ class Recorder:
     def forget(self) -> None:
         """Give up the graph; the next steps are taken as ever, and recorded anew."""
         self._key: Hashable = None
+        self.places: Hashable = None
+        """Where the last update wrote; None before the first."""
         self._turns = 0
         self._refused = False
         self._graph: torch.cuda.CUDAGraph | None = None
@@ -80,23 +82,33 @@ class Recorder:
         """Whether the next step is a launch of the graph."""
         return self._graph is not None
 
-    def take(self, key: Hashable, parts: Sequence[Tensor], update: Callable[[Tensor], None]) -> None:
+    def take(
+        self,
+        key: Hashable,
+        places: Hashable,
+        parts: Sequence[Tensor],
+        update: Callable[[Tensor], None],
+        on_all: Callable[[bool], bool] = bool,
+    ) -> None:
         """``update(joined(parts))``.
 
         Warns once if it cannot be recorded, for want of memory say, and takes it as ever.
 
         Args:
-            key: equal as long as ``update`` launches the same kernels on the same memory.
+            key: equal as long as ``update`` launches the same kernels.
+            places: equal as long as they write to the same memory.
             parts: of the input.
             update: reads the input, and writes in place.
+            on_all: whether something holds on all ranks that take part in ``update``, of what holds on this one:
+                collectives are recorded by all of them or by none.
         """
         key = (key, tuple((part.shape, part.dtype) for part in parts), _switches())
-        if key != self._key:
+        if (key, places) != (self._key, self.places):
             self.forget()
-            self._key = key
+            self._key, self.places = key, places
         self._turns += 1
         if self._turns > WARM_UP and not self._refused and self._graph is None:
-            self._record(parts, update)
+            self._record(parts, update, on_all)
         if self._graph is None:
             update(joined(parts))
             return
@@ -104,8 +116,11 @@ class Recorder:
         torch.cat(list(parts), out=self._input)
         self._graph.replay()
 
-    def _record(self, parts: Sequence[Tensor], update: Callable[[Tensor], None]) -> None:
+    def _record(
+        self, parts: Sequence[Tensor], update: Callable[[Tensor], None], on_all: Callable[[bool], bool]
+    ) -> None:
         memory, graph = self._memory, torch.cuda.CUDAGraph()
+        refusal: object = None
         try:
             shape = (sum(part.shape[0] for part in parts), *parts[0].shape[1:])
             dtype = functools.reduce(torch.promote_types, (part.dtype for part in parts))
@@ -117,9 +132,12 @@ class Recorder:
             with torch.cuda.device(memory.device), recording:
                 update(given)
         except Exception as error:  # nothing has been computed yet
+            refusal = error
+        if not on_all(refusal is None):
             self._refused = True
+            refusal = refusal or "it could not be recorded on another rank"
             warnings.warn(
-                f"this update is not recorded as a CUDA graph, but taken as ever: {error}", stacklevel=2
+                f"this update is not recorded as a CUDA graph, but taken as ever: {refusal}", stacklevel=2
             )
             return
         self._graph, self._input = graph, given
@@ -134,7 +152,6 @@ def joined(parts: Sequence[Tensor]) -> Tensor:
 def _switches() -> Hashable:
     """What chooses kernels besides the arguments."""
     return (
-        torch.get_float32_matmul_precision(),
         torch.are_deterministic_algorithms_enabled(),
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction,
     )

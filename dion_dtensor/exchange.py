@@ -102,10 +102,12 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
         rows: of each matrix.
         split: the axes whose ranks share the matrices: some of those, and some that hold copies.
     """
-    key = (mesh, placements, rows, split)
+    sharding = axes_sharding(placements, 1)
+    axes = tuple(sorted({*sharding, *split}))
+    # A mesh is equal to one made after its process groups were destroyed.
+    groups = tuple(mesh.get_group(axis) for axis in axes)
+    key = (mesh, placements, rows, split, groups)
     if key not in _known:
-        sharding = axes_sharding(placements, 1)
-        axes = tuple(sorted({*sharding, *split}))
         sharded = tuple(axis in sharding for axis in axes)
         coordinates = mesh.get_coordinate()
         assert coordinates is not None
@@ -120,7 +122,7 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
         _known[key] = len(_routes)
         _routes.append(
             Route(
-                groups=tuple(mesh.get_group(axis) for axis in axes),
+                groups=groups,
                 sizes=tuple(mesh.size(axis) for axis in axes),
                 here=tuple(coordinates[axis] for axis in axes),
                 sharded=sharded,

@@ -17,6 +17,8 @@ from dion_dtensor.members import Member
 
 __all__ = ["agreed", "checked_gradients"]
 
+MOST_NAMED = 12
+"""Parameters that an error lists; a model with NaN has it in all of them."""
 MISSING, FINE, PARTIAL, WHOLE, NOT_FINITE, MISLAID, SPARSE, MOVED = range(8)
 
 
@@ -35,7 +37,7 @@ def checked_gradients(
         RuntimeError: on all ranks alike, naming each unfit gradient's parameter and what is wrong.
     """
     if validate:
-        problems = _problems(members)
+        problems = _problems(members, buckets)
         if problems:
             raise RuntimeError("no parameter was changed by this step:\n" + "\n".join(problems))
     work, held = [], set(map(id, members))
@@ -78,25 +80,35 @@ def _local(grad: Tensor, layout: StorageLayout) -> Tensor:
     return own_shard(grad, layout) if isinstance(grad, DTensor) else grad
 
 
-def _problems(members: Sequence[Member]) -> list[str]:
-    """What is wrong with each parameter's gradient on any rank; the same list on every rank."""
+def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]:
+    """What is wrong with each parameter's gradient on any rank; the same list on every rank.
+
+    All ranks give up the graph of a bucket whose weights have moved on one of them.
+    """
     mine = _codes(members)
+    moved = [bucket.has_moved() for bucket in buckets]
     try:
-        found = agreed(torch.tensor([*mine, *(-code for code in mine)], device="cpu"), members)
+        found = agreed(torch.tensor([*mine, *(-code for code in mine), *moved], device="cpu"), members)
     except RuntimeError as error:
         raise RuntimeError(
             "no parameter was changed by this step: the ranks could not agree on the gradients; has a rank died? "
             f"({error})"
         ) from error
-    largest, smallest = found[: len(members)], [-code for code in found[len(members) :]]
+    count = len(members)
+    largest, smallest = found[:count], [-code for code in found[count : 2 * count]]
+    for bucket, anywhere in zip(buckets, found[2 * count :], strict=True):
+        if anywhere and bucket.recorder is not None:
+            bucket.recorder.forget()
     texts = []
     for member, own, high, low in zip(members, mine, largest, smallest, strict=True):
+        if high == low and high not in (MOVED, SPARSE, MISLAID, NOT_FINITE):
+            continue
         where = f"  {member.name} ({member.layout.describe()}): the gradient"
         if high == MOVED:
             texts.append(
                 f"  {member.name} ({member.layout.describe()}): the parameter now is "
                 f"{StorageLayout.of(member.parameter).describe()}{_elsewhere(member)}; "
-                "make the optimizer after the model is sharded, and carry its state over by a checkpoint"
+                "make the optimizer after the model is sharded, moved or cast, and carry its state over by a checkpoint"
             )
         elif high == SPARSE:
             texts.append(f"{where} is sparse; make it dense")
@@ -110,7 +122,8 @@ def _problems(members: Sequence[Member]) -> list[str]:
             texts.append(f"{where} is missing on some ranks only; set it to zeros there, or to None on all")
         elif low != high:
             texts.append(f"{where} is Partial or replicated on some ranks only; redistribute it")
-    return texts
+    more = len(texts) - MOST_NAMED
+    return texts if more <= 0 else [*texts[:MOST_NAMED], f"  and {more} more"]
 
 
 def agreed(values: Tensor, members: Sequence[Member]) -> list[float]:

@@ -229,7 +229,7 @@ class Member:
     @property
     def local(self) -> Tensor:
         """The parameter's own shard."""
-        return local_of(self.parameter.detach())
+        return local_of(self.parameter).detach()
 
     def fold(self, local: Tensor) -> Tensor:
         """A shard of the parameter's shape, as entries ``[count, ...]`` of the stack; a view where it can be one."""

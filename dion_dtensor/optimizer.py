@@ -46,7 +46,8 @@ class Common(TypedDict, total=False):
             ever.  It needs ``compile=True``.  Not recorded is what reads values of the device on the way (Dion, and
             Dion2 and Dion3 where chosen rows travel), and AdamW where it is torch's one fused kernel anyway.  The
             graphs keep the memory of one bucket's step.  Those that hold collectives keep their process group from
-            being destroyed: call :meth:`OrthonormalOptimizer.release_graphs` before that.
+            being destroyed: call :meth:`OrthonormalOptimizer.release_graphs` before that.  All ranks record, or none;
+            with ``validate=False``, what moves a weight in memory must do so on all ranks at once.
         validate: before each step, let all ranks agree that every gradient is present, finite and laid out like its
             parameter; default True.
         atomic: undo a step that fails in the middle, so that weights and state are as before it; default False: what

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.torch_version import TorchVersion
 
 from dion_dtensor.assembly import own_shard
@@ -41,6 +42,7 @@ class Plan:
         change_layout: of the result.
         states: layouts of the stacked states by key, and the piece that a state belongs to alone.
         size: entries of the stack, or elements.
+        groups: process groups of the mesh, which a compiled function names: those made anew are others.
         split: cuts whole parameters into logical matrices once they are assembled, state and all.
         compile: under ``torch.compile(fullgraph=True)``.
     """
@@ -52,6 +54,7 @@ class Plan:
     change_layout: StorageLayout | None
     states: tuple[tuple[str, StorageLayout | None, int | None], ...]
     size: int
+    groups: tuple[ProcessGroup, ...]
     split: Split | None
     compile: bool
 
@@ -97,7 +100,8 @@ def update_of(plan: Plan) -> Callable[..., Tensor | None]:
                 stacks[name].copy_(left.pop(name))
         shard = unwrap(direction, plan.change_layout)
         # Scaled in float32 or wider, also when the direction was computed in bfloat16.
-        change: Tensor = shard.to(torch.promote_types(shard.dtype, torch.float32)) * -(scalars["lr"] * scale)
+        wide = torch.promote_types(shard.dtype, torch.float32)
+        change: Tensor = shard.to(wide) * -(scalars["lr"] * scale).to(wide)
         if weights:
             for weight, part in zip(weights, change.unbind(), strict=True):
                 weight.copy_(weight * scalars["decay"] + part.view(weight.shape))

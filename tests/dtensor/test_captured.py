@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import warnings
 from collections.abc import Hashable, Iterator, Sequence
@@ -18,6 +17,8 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from dion_dtensor import Dion2, Muon
 from dion_dtensor.captured import WARM_UP, Recorder, recorder_on
 from dion_dtensor.optimizer import OrthonormalOptimizer
+from tests.dtensor.graph_programs import Graph, recorded_on_ranks, stand_in
+from tests.dtensor.ranks import Ranks
 from tests.dtensor.small import make
 
 
@@ -27,8 +28,12 @@ class Taken:
     def __init__(self) -> None:
         self.keys: list[Hashable] = []
 
-    def take(self, key: Hashable, parts: Sequence[Tensor], update: Any) -> None:
-        self.keys.append(key)
+    places = None
+
+    def take(
+        self, key: Hashable, places: Hashable, parts: Sequence[Tensor], update: Any, on_all: Any
+    ) -> None:
+        self.keys.append((key, places))
         update(torch.cat(list(parts)))
 
 
@@ -130,93 +135,79 @@ def test_a_step_without_some_gradient_is_taken_as_ever() -> None:
     assert torch.equal(before, named[1][1])
 
 
-class Graph:
-    """In place of a CUDA graph."""
-
-    replays = 0
-
-    def replay(self) -> None:
-        Graph.replays += 1
-
-
-class Space:
-    """In place of the memory of graphs."""
-
-    device, stream = torch.device("cpu"), None
-
-    def __init__(self) -> None:
-        self.recorded: set[Recorder] = set()
-
-    def pool(self) -> None:
-        """None of them."""
-
-    def buffer(self, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        return torch.full(tuple(shape), torch.nan, dtype=dtype)
-
-
-def stand_in(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    """A recorder of graphs that do nothing."""
-    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
-    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
-    monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
-    Graph.replays = 0
-    return Recorder(Space())  # type: ignore[arg-type]
+def stood_in(monkeypatch: pytest.MonkeyPatch) -> Recorder:
+    return stand_in(monkeypatch.setattr)
 
 
 def test_a_graph_is_recorded_once_and_reads_the_gradients_of_each_step(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    recorder, seen = stand_in(monkeypatch), []
+    recorder, seen = stood_in(monkeypatch), []
     for step in range(WARM_UP + 3):
-        recorder.take("key", [torch.full((2, 3), float(step)), torch.full((1, 3), float(step))], seen.append)
+        recorder.take(
+            "key", "here", [torch.full((2, 3), float(step)), torch.full((1, 3), float(step))], seen.append
+        )
     assert len(seen) == WARM_UP + 1
     assert Graph.replays == 3
     assert torch.equal(
         seen[-1], torch.full((3, 3), WARM_UP + 2.0)
     )  # the graph's input, written before each launch
-    recorder.take("other", [torch.zeros(2, 3)], seen.append)
+    recorder.take("other", "here", [torch.zeros(2, 3)], seen.append)
     assert (len(seen), Graph.replays, recorder.recorded) == (WARM_UP + 2, 3, False)
-    recorder.take("other", [torch.zeros(3, 3)], seen.append)  # another size is another graph
+    recorder.take("other", "here", [torch.zeros(3, 3)], seen.append)  # another size is another graph
     assert recorder._turns == 1
 
 
 def test_an_update_that_cannot_be_recorded_is_taken_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder, seen = stand_in(monkeypatch), []
+    recorder, seen = stood_in(monkeypatch), []
 
     def refused(*_: Any, **__: Any) -> Any:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(torch.cuda, "graph", refused)
     for _ in range(WARM_UP):
-        recorder.take("key", [torch.ones(2, 3)], seen.append)
+        recorder.take("key", "here", [torch.ones(2, 3)], seen.append)
     with pytest.warns(
         UserWarning, match="not recorded as a CUDA graph, but taken as ever: CUDA out of memory"
     ):
-        recorder.take("key", [torch.ones(2, 3)], seen.append)
+        recorder.take("key", "here", [torch.ones(2, 3)], seen.append)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        recorder.take("key", [torch.ones(2, 3)], seen.append)  # and asks no further
+        recorder.take("key", "here", [torch.ones(2, 3)], seen.append)  # and asks no further
     assert (len(seen), recorder.recorded, Graph.replays) == (WARM_UP + 2, False, 0)
 
 
 def test_what_chooses_other_kernels_is_recorded_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    recorder, seen = stand_in(monkeypatch), []
+    recorder, seen = stood_in(monkeypatch), []
 
     def taken(*parts: Tensor) -> bool:
         for _ in range(WARM_UP + 2):
-            recorder.take("key", list(parts), seen.append)
+            recorder.take("key", "here", list(parts), seen.append)
         return len(recorder._memory.recorded) == 1
 
     assert taken(torch.ones(2, 3), torch.ones(2, 3))
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("medium")
-    recorder.take("key", [torch.ones(2, 3), torch.ones(2, 3)], seen.append)
-    torch.set_float32_matmul_precision(before)
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(not before)
+    recorder.take("key", "here", [torch.ones(2, 3), torch.ones(2, 3)], seen.append)
+    torch.use_deterministic_algorithms(before)
     assert not recorder.recorded
     assert taken(torch.ones(2, 3, dtype=torch.bfloat16), torch.full((2, 3), 1 / 3))
     assert seen[-1].dtype == torch.float32  # nothing is rounded on the way
     recorder.forget()
     assert not recorder._memory.recorded
+
+
+@pytest.mark.parametrize(
+    ("trouble", "expected"),
+    [
+        ("none", [False] * WARM_UP + [True] * 6),
+        ("no memory on one rank", [False] * (WARM_UP + 6)),
+        ("moved on one rank", [False] * WARM_UP + [True] + [False] * WARM_UP + [True] * 3),
+        ("moved on one rank early", [False] * (WARM_UP + 1) + [True] * 5),
+    ],
+)
+def test_all_ranks_record_or_none(ranks: Ranks, trouble: str, expected: list[bool]) -> None:
+    assert ranks.run(2, recorded_on_ranks, trouble) == [expected] * 2
 
 
 def test_elsewhere_nothing_is_recorded() -> None:
