@@ -3,12 +3,25 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, _redistribute
 
-__all__ = ["shared_group", "shared_mesh"]
+__all__ = ["shared_group", "shared_mesh", "whole"]
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A plain tensor with all of ``tensor``, which is a DTensor on all ranks of its mesh, or plain.
+
+    Gathered axis by axis: torch merges the axes of a mesh that was flattened too, and then takes uneven shards for
+    those of the flat mesh (seen with 2.14).
+    """
+    with getattr(_redistribute, "disable_redistribute_transform_optimization", nullcontext)():
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def shared_mesh(sizes: tuple[int, ...], names: tuple[str, ...], device: str = "cpu") -> DeviceMesh:

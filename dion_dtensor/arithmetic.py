@@ -15,10 +15,15 @@ __all__ = ["own_arithmetic"]
 def own_arithmetic(device_types: Iterable[str]) -> Iterator[None]:
     """Products in the dtype that the optimizer was asked for, whatever autocast and TF32 do to those of the model.
 
+    And tensors of the ordinary kind, also in inference mode.
+
     Args:
         device_types: of what is multiplied.
     """
     with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():  # what is made within, steps outside of it could not write into
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())
         for device_type in sorted(device_types):
             if torch.amp.is_autocast_available(device_type):
                 # The dtype and the cache as ever, since Dynamo guards on them too.

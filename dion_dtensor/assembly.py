@@ -24,6 +24,7 @@ __all__ = [
     "averaged",
     "by_row",
     "elementwise",
+    "everywhere",
     "from_local",
     "is_pending",
     "laid_like",
@@ -46,7 +47,16 @@ def whole_dim(tensor: Tensor, dim: int) -> Tensor:
     """``tensor`` with ``dim`` assembled on every rank (all-gather over the axes that shard it); the rest stays."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.redistribute(placements=algebra.of_whole_dim(tensor.placements, dim % tensor.ndim))
+    for placements in algebra.ways_to_whole(tensor.placements, dim % tensor.ndim):
+        tensor = tensor.redistribute(placements=placements)
+    return tensor
+
+
+def everywhere(tensor: Tensor) -> Tensor:
+    """A plain tensor of all that a DTensor has, on every rank; a plain one as it is."""
+    for dim in range(tensor.ndim):
+        tensor = whole_dim(tensor, dim)
+    return local_of(reduced(tensor))
 
 
 def reduced(tensor: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Bucket:
         """Mesh axes over which the momentum is still to be averaged."""
         self._counts_steps = rule.counts_steps(group)
         self._shaped_by = {key: group[key] for key in rule.shapes_state}
+        self._made_with_split = group["split"]
         self._scalars: dict[str, Any] = {}
         self.forms = {member: self._state_forms(member) for member in self.members}
         self._scales: dict[Hashable, Tensor] = {}
@@ -101,8 +102,14 @@ class Bucket:
         """Read hyperparameters from ``group`` from now on.
 
         Raises:
-            RuntimeError: they ask for states of other shapes, or for a count of steps that there is not.
+            RuntimeError: they ask for states of other shapes, for a count of steps that there is not, or for another
+                split.
         """
+        self.check(group)
+        self.group = group
+
+    def check(self, group: Mapping[str, Any]) -> None:
+        """Refuse hyperparameters that the state cannot follow; see :meth:`follow`."""
         if self.rule.counts_steps(group) != self._counts_steps:
             raise RuntimeError(
                 f"{self.members[0].name}: its group began {'with' if self._counts_steps else 'without'} a count of its "
@@ -117,7 +124,12 @@ class Bucket:
                     f"{first.name} ({first.layout.describe()}): its state was made with {self._shaped_by}, and the "
                     f"group now has {asked}; make the optimizer anew with these"
                 )
-        self.group = group
+        if group["split"] != self._made_with_split:
+            first = self.members[0]
+            raise RuntimeError(
+                f"{first.name} ({first.layout.describe()}): its state was made with split={self._made_with_split!r}, "
+                f"and the group now has {group['split']!r}; make the optimizer anew with this"
+            )
 
     def _state_forms(self, member: Member) -> dict[str, StateForm]:
         if member.form is not None:
@@ -315,9 +327,12 @@ class Bucket:
         """The hyperparameters of this step in 0-d tensors that live as long as the bucket, so nothing recompiles."""
         group = self.group
         values = {name: group[name] for name in self.rule.scalars} | {"lr": group["lr"]}
-        # In float64, whatever the dtype of a tensor lr: 1 - lr * weight_decay is close to one.
-        lr = group["lr"].double() if isinstance(group["lr"], Tensor) else group["lr"]
-        values["decay"] = 1 - lr * group["weight_decay"]
+        # In float64, also of tensors: 1 - lr * weight_decay is close to one.
+        lr, decay = (
+            value.double() if isinstance(value, Tensor) else value
+            for value in (group["lr"], group["weight_decay"])
+        )
+        values["decay"] = 1 - lr * decay
         if count is not None:
             values["step"] = count
         for name, value in values.items():

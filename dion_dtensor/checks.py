@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from numbers import Real
 from typing import Any
@@ -14,7 +15,7 @@ from dion_dtensor.members import Member
 from dion_dtensor.rules import RULES, Rule
 from dion_dtensor.scale import scale_factor
 
-__all__ = ["check_group", "check_member", "check_options"]
+__all__ = ["check_group", "check_member", "check_options", "unknown_arguments"]
 
 # What every group may hold besides the hyperparameters of its rule; the last line is the schedulers'.
 COMMON = {
@@ -58,7 +59,7 @@ def check_group(group: Mapping[str, Any], foreign: bool = False, wait: bool = Tr
     Args:
         group: with its algorithm.
         foreign: whether keys that the rule does not have are let pass.
-        wait: whether a learning rate on a GPU is looked at, for which the host waits.
+        wait: whether a learning rate or decay on a GPU is looked at, for which the host waits.
 
     Raises:
         ValueError: names the hyperparameter.
@@ -70,22 +71,44 @@ def check_group(group: Mapping[str, Any], foreign: bool = False, wait: bool = Tr
             f"{sorted(unknown)} are no hyperparameters of {rule.name!r}; it has "
             f"{sorted(set(rule.defaults) | {'lr', 'weight_decay', 'cautious', 'maximize'})}"
         )
-    lr = group["lr"]
     for name in ("lr", "weight_decay"):
-        if not isinstance(group[name], Real | Tensor):
-            raise ValueError(f"{name}={group[name]!r} must be a number")
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, not of shape {list(lr.shape)}")
-    unseen = isinstance(lr, Tensor) and lr.device.type != "cpu" and not wait
-    if not unseen and not float(lr) >= 0:
-        raise ValueError(f"lr={lr} must not be negative")
-    if not group["weight_decay"] >= 0:
-        raise ValueError(f"weight_decay={group['weight_decay']} must not be negative")
+        value = group[name]
+        if not isinstance(value, Real | Tensor):
+            raise ValueError(f"{name}={value!r} must be a number")
+        if isinstance(value, Tensor) and value.numel() != 1:
+            raise ValueError(
+                f"{name} must be a number or a tensor of one element, not of shape {list(value.shape)}"
+            )
+        unseen = isinstance(value, Tensor) and value.device.type != "cpu" and not wait
+        if not unseen and not 0 <= float(value) < math.inf:
+            raise ValueError(f"{name}={value} must be finite and not negative")
     if "epsilon" in group and not group["epsilon"] > 0:
         raise ValueError(f"epsilon={group['epsilon']} must be positive")
     if "scale" in group:
         scale_factor(group["scale"], (1, 1), group.get("weight_storage", "out_in"))
     rule.check(group)
+
+
+KEYWORDS = {
+    "momentum": "the factor of the momentum is mu",
+    "beta": "the factor of the momentum is mu",
+    "beta1": "the factor of the momentum is mu",
+    "betas": "betas belong to the group that AdamW steps, the last one of param_groups: groups[-1]['betas'] = ...",
+    "eps": "what is added to the norm is epsilon",
+    "ns_steps": "the number of iterations is that of the polynomial's triples",
+    "ns_coefficients": "the coefficients are those of polynomial, a name or triples (a, b, c)",
+    "adjust_lr_fn": "the factor for a shape is scale: 'keller' for 'original', 'moonlight' for 'match_rms_adamw'",
+    "rank": "the rank is rank_fraction of the shorter side",
+    "adjust_lr": "the factor for a shape is scale",
+    "distributed_mesh": "a DTensor carries its mesh; what replicates plain tensors is replicate_mesh",
+}
+"""What those are called here that other implementations take."""
+
+
+def unknown_arguments(taker: str, unknown: set[str], known: set[str]) -> str:
+    """For an error: what is not taken, what it may mean, and what is taken."""
+    hints = "".join(f"; {KEYWORDS[name]}" for name in sorted(unknown) if name in KEYWORDS)
+    return f"{taker} takes no {', '.join(sorted(unknown))}{hints}. It takes {', '.join(sorted(known))}"
 
 
 def check_member(member: Member, rule: Rule, split: Split | None) -> None:
@@ -98,6 +121,12 @@ def check_member(member: Member, rule: Rule, split: Split | None) -> None:
     where = f"{member.name} ({layout.describe()})"
     if not layout.dtype.is_floating_point:
         raise ValueError(f"{where}: only real floating-point parameters can be stepped")
+    device, mesh = layout.device.type, layout.mesh
+    if mesh is not None and device not in (mesh.device_type, "meta"):
+        raise ValueError(
+            f"{where}: it lies on the {device}, its mesh is of {mesh.device_type} devices, as FSDP2's CPUOffloadPolicy "
+            "has it, and DTensor would take what is computed from one to the other; shard without an offload_policy"
+        )
     if any(placement.is_partial() for placement in layout.placements):
         raise ValueError(f"{where}: a parameter cannot be Partial; redistribute it")
     if rule.elementwise:

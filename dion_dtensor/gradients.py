@@ -45,13 +45,15 @@ def checked_gradients(
         given = [one for one in bucket.members if one.parameter.grad is not None and id(one) in held]
         laid = [_laid(member, averaged) for member in given]
         may_wait = bool(bucket.rule.pending_states)
-        axes = {axis for grad in laid for axis in _pending(grad)} if may_wait else set()
+        waiting = [
+            _pending(grad, member) if may_wait else () for grad, member in zip(laid, given, strict=True)
+        ]
         grads = [
-            _local(grad, member.layout.partial(_pending(grad) if may_wait else ()))
-            for grad, member in zip(laid, given, strict=True)
+            _local(grad, member.layout.partial(axes) if axes else member.layout)
+            for grad, member, axes in zip(laid, given, waiting, strict=True)
         ]
         if given:
-            work.append((bucket, given, grads, tuple(axes)))
+            work.append((bucket, given, grads, tuple({axis for axes in waiting for axis in axes})))
     return work
 
 
@@ -69,11 +71,14 @@ def _laid(member: Member, averaged: bool) -> Tensor:
     return replace(layout, placements=placements, dtype=grad.dtype).wrap(local_of(grad).contiguous())
 
 
-def _pending(grad: Tensor) -> tuple[int, ...]:
-    """The axes over which ``grad`` is an average still to be taken."""
+def _pending(grad: Tensor, member: Member) -> tuple[int, ...]:
+    """The axes over which ``grad`` is an average that may be taken later: those whose ranks hold the same weights."""
     if not isinstance(grad, DTensor):
         return ()
-    return tuple(axis for axis, placement in enumerate(grad.placements) if placement == Partial("avg"))
+    pairs = zip(grad.placements, member.layout.placements, strict=True)
+    return tuple(
+        axis for axis, (own, weight) in enumerate(pairs) if own == Partial("avg") and weight == Replicate()
+    )
 
 
 def _local(grad: Tensor, layout: StorageLayout) -> Tensor:

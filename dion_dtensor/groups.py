@@ -29,6 +29,7 @@ from dion_dtensor.roles import (
     EMPTY,
     EXPECTED,
     EXPERTS_IN_BY_OUT,
+    FUSED,
     IN_BY_OUT,
     INTERLEAVED,
     NO_STACK,
@@ -58,7 +59,9 @@ def param_groups(
     ``exclude`` matches.  A head is what a model's own ``get_output_embeddings()`` gives (Hugging Face), a Linear whose
     name ends in "head" or "classifier" or is one of a few others ("qa_outputs", "cls_score", ...), or the last Linear
     of a module called so, or "output", "classifier", "heads", "fc" or "score" at the top of the model (also as
-    ``model``, ``net``, ``network`` or ``module`` of another).
+    ``model``, ``net``, ``network`` or ``module`` of another), or a Linear there called "decoder", "generator",
+    "logits", "output_layer", "output_projection", "readout", "to_logits" or "unembed"; where none is found, the one
+    Linear that takes the rows of the largest embedding and has an output for each of them.  Look at :func:`audit`.
     A convolution's weight is one matrix (``split="flatten"``; a transposed one's with ``weight_storage="in_out"``,
     since its rows are inputs), the weight of a Hugging Face ``Conv1D`` the transpose of what is stored
     (``split="columns(out)"``), any other 3-D weight a stack of experts (``split="experts"``) unless one of its dims is
@@ -88,16 +91,21 @@ def param_groups(
         Groups of ``(name, parameter)`` pairs with ``algorithm``, ``lr``, ``split`` and ``reasons`` (by name).
 
     Raises:
-        TypeError: a split or a number of heads that is none.
+        TypeError: no model; a split or a number of heads that is none.
         ValueError: an unknown rule, a model wrapped by FullyShardedDataParallel (FSDP1), a pattern that matches no
             parameter or two that match one, a split that does not fit or of what is no matrix, or two parameters
             whose names differ by wrappers only.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"param_groups sorts the parameters of an nn.Module by its modules; it was given a {type(model).__name__}"
+        )
     for argument, name in (("algorithm", algorithm), ("scalar", scalar)):
         if name not in RULES:
-            raise ValueError(f"{argument}={name!r} is unknown; choose from {sorted(RULES)}")
+            fitting = sorted(rule for rule in RULES if argument == "algorithm" or RULES[rule].elementwise)
+            raise ValueError(f"{argument}={name!r} is unknown; choose from {fitting}")
     if not RULES[scalar].elementwise:
-        raise ValueError(f"scalar={scalar!r} takes matrices only; choose an elementwise rule")
+        raise ValueError(f"scalar={scalar!r} takes matrices only; choose 'adamw' or 'lion'")
     exclude = (exclude,) if isinstance(exclude, str) else exclude
     _refuse_fsdp1(model)
     every = plain_names(model)
@@ -149,7 +157,10 @@ def param_groups(
                     rate.clone() if isinstance(rate, Tensor) else rate
                 )  # a schedule writes into it
         groups[key]["params"].append((name, parameter))
-        groups[key]["reasons"][name] = why or "matrix"
+        may_be_several = to_matrices and not matching and FUSED.search(name) is not None
+        groups[key]["reasons"][name] = (why or "matrix") + (
+            "; of several? see split" if may_be_several else ""
+        )
     for pattern, given in left_over.items():
         if not missing_ok and all(given):
             raise ValueError(f"pattern {pattern!r} is to cut matrices, but matches only {', '.join(given)}")
@@ -294,7 +305,10 @@ def audit(optimizer: OrthonormalOptimizer, strict: bool = False) -> Audit:
     Raises:
         ValueError: with ``strict``, naming the parameters.
         RuntimeError: a group holds parameters that were not there when the optimizer was made.
+        TypeError: an optimizer of another package.
     """
+    if not hasattr(optimizer, "buckets"):
+        raise TypeError(f"audit takes an optimizer of this package, not a {type(optimizer).__name__}")
     order = [member.parameter for member in optimizer.members()]
     rows = {}
     for bucket in optimizer.buckets:

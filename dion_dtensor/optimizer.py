@@ -15,7 +15,7 @@ from dion_dtensor.arithmetic import own_arithmetic
 from dion_dtensor.atomic import undone_on_failure
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.captured import Memory
-from dion_dtensor.checks import check_group, check_member, check_options
+from dion_dtensor.checks import check_group, check_member, check_options, unknown_arguments
 from dion_dtensor.gradients import checked_gradients
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.matrices import parse_split
@@ -126,7 +126,11 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         }
         unknown = set(common) - set(Common.__annotations__)
         if unknown:
-            raise TypeError(f"{type(self).__name__} takes no {sorted(unknown)}")
+            raise TypeError(
+                unknown_arguments(type(self).__name__, unknown, {*options, *Common.__annotations__})
+            )
+        if mistaken := set(options) - set(RULES[algorithm].defaults):
+            raise TypeError(unknown_arguments(algorithm, mistaken, set(RULES[algorithm].defaults)))
         self.capture = common.get("capture", False)
         if self.capture and not self._bucket_options["compile"]:
             raise ValueError("capture=True needs compile=True: graphs are recorded of compiled updates alone")
@@ -319,6 +323,10 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             indices = [index for group in groups for index in group["params"]]
             loaded.extend(given["state"].get(index) for index in indices)
             check_states(self.members(), loaded)
+            for own, group in zip(self.param_groups, groups, strict=True):
+                for bucket in self.buckets:
+                    if bucket.group is own:
+                        bucket.check(group)
             return {**given, "param_groups": groups, "state": {}}
 
         def after(optimizer: torch.optim.Optimizer) -> None:
@@ -350,8 +358,17 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             "capture",
             "reasons",
         )
-        pending = [bucket.pending for bucket in self.buckets]
-        return {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_pending": pending}
+        members = {member.parameter: (member, bucket) for bucket in self.buckets for member in bucket.members}
+        pending = {parameter: bucket.pending for parameter, (_, bucket) in members.items() if bucket.pending}
+        state = {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_pending": pending}
+        # The names of what is there now: users take parameters out of a group, and leave the list of their names.
+        state["param_groups"] = [
+            {**group, "param_names": [members[parameter][0].name for parameter in group["params"]]}
+            if "param_names" in group
+            else group
+            for group in self.param_groups
+        ]
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -362,9 +379,10 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         for position, group in enumerate(self.param_groups):
             self._add_buckets(group, position)
         members = self.members()
-        load_states(members, [states[member.parameter] for member in members])
-        for bucket, pending in zip(self.buckets, self.__dict__.pop("_pending"), strict=True):
-            bucket.pending = pending
+        load_states(members, [states.get(member.parameter) for member in members])
+        pending = self.__dict__.pop("_pending")
+        for bucket in self.buckets:
+            bucket.pending = pending.get(bucket.members[0].parameter, ())
 
 
 def _mesh_of(replicas: DeviceMesh | ProcessGroup | None) -> DeviceMesh | None:

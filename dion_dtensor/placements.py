@@ -29,6 +29,7 @@ __all__ = [
     "order_of_moves",
     "same",
     "suit",
+    "ways_to_whole",
 ]
 
 Placements = tuple[Placement, ...]
@@ -104,6 +105,22 @@ def of_exchanged(placements: Placements, split: tuple[int, ...]) -> Placements:
 def of_whole_dim(placements: Placements, dim: int) -> Placements:
     """``dim`` assembled on every rank."""
     return tuple(Replicate() if shard_dim(p) == dim else p for p in placements)
+
+
+@constant
+def ways_to_whole(placements: Placements, dim: int) -> tuple[Placements, ...]:
+    """What comes after each of the redistributions that assemble ``dim``, the inner axis first.
+
+    One after the other: where a mesh has been flattened, torch makes one gather of those over its axes, and takes
+    uneven shards for shards of the flat mesh (seen with 2.14).  Strided shards it gathers apart.
+    """
+    axes, current, found = axes_sharding(placements, dim), list(placements), []
+    if not all(type(placements[axis]) is Shard for axis in axes):
+        return (of_whole_dim(placements, dim),)
+    for axis in reversed(axes):
+        current[axis] = Replicate()
+        found.append(tuple(current))
+    return tuple(found)
 
 
 @constant

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 from torch import Tensor, nn
 
@@ -15,6 +16,7 @@ __all__ = [
     "EMPTY",
     "EXPECTED",
     "EXPERTS_IN_BY_OUT",
+    "FUSED",
     "INTERLEAVED",
     "IN_BY_OUT",
     "NO_STACK",
@@ -25,6 +27,17 @@ __all__ = [
 # Of modules whose last Linear is a head.
 HEADS = ("head", "lm_head", "classification_head", "embed_out", "qa_outputs")
 TOP_HEADS = ("output", "classifier", "heads", "fc", "score")
+# Of a Linear at the top of a model.
+TOP_LAYERS = (
+    "decoder",
+    "generator",
+    "logits",
+    "output_layer",
+    "output_projection",
+    "readout",
+    "to_logits",
+    "unembed",
+)
 # Of a Linear that is a head itself.
 LAYERS = re.compile(
     r"(^|_)(head|classifier)$|^(cls_score|bbox_pred|class_embed|class_predictor|seq_relationship)$"
@@ -35,15 +48,20 @@ HELD = ("model", "net", "network", "module")
 TABLE = re.compile(
     r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings|latent|latents|pointer|prompt|prompts)(_|$)"
 )
+# Of a weight that often holds several matrices.
+FUSED = re.compile(
+    r"(^|[._])(in_proj_weight|c_attn|w?qkv|qkv_proj|query_key_value|gate_up(_proj)?|fc1_gate)(\.|_|$)", re.I
+)
 # Biases of experts and of attention, decay rates of state-space models.
 NO_MATRIX = re.compile(r"(^|_)(bias|biases|log)(_[uv])?$")
+HEAD = "output head"
 CONVOLUTION, CONVOLUTION_IN_BY_OUT = "convolution", "transposed convolution"
 IN_BY_OUT, EXPERTS_IN_BY_OUT = "stored as [in, out]", "experts stored as [in, out]"
 INTERLEAVED = "experts stored as [in, out], gate and up interleaved"
 NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
 MAGNITUDES, EMPTY, VECTOR = "magnitudes of a weight norm", "empty", "no matrix, by its shape"
 CUT_AS_ASKED = (CONVOLUTION, CONVOLUTION_IN_BY_OUT, IN_BY_OUT, EXPERTS_IN_BY_OUT, INTERLEAVED)
-EXPECTED = ("embedding", "output head", "excluded", NO_STACK, BY_NAME, VECTOR, MAGNITUDES, EMPTY)
+EXPECTED = ("embedding", HEAD, "excluded", NO_STACK, BY_NAME, VECTOR, MAGNITUDES, EMPTY)
 
 
 def roles(model: nn.Module) -> dict[int, str]:
@@ -61,15 +79,18 @@ def roles(model: nn.Module) -> dict[int, str]:
         elif _is_conv1d(module):
             found.update({id(weight): IN_BY_OUT for weight in _weights(module)})
         elif isinstance(module, nn.Linear):
-            if LAYERS.search(last) or last in HEADS or on_top:
-                found.update({id(weight): "output head" for weight in _weights(module)})
+            at_top = last in TOP_LAYERS and all(part in HELD for part in above)
+            if LAYERS.search(last) or last in HEADS or on_top or at_top:
+                found.update({id(weight): HEAD for weight in _weights(module)})
         elif on_top or (last in HEADS and (not given or isinstance(module, nn.Sequential))):
             # Where a model names its output itself, other modules called so may be hidden (poolers, transforms).
             layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
             if layers:  # of a classifier of several layers, the last
-                found.update({id(weight): "output head" for weight in _weights(layers[-1])})
+                found.update({id(weight): HEAD for weight in _weights(layers[-1])})
     for layer in given:
-        found.update({id(weight): "output head" for weight in _weights(layer)})
+        found.update({id(weight): HEAD for weight in _weights(layer)})
+    if HEAD not in found.values():
+        found.update({id(weight): HEAD for weight in _to_vocabulary(modules.values())})
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if (own := _own(module, name, parameter)) is not None:
@@ -79,6 +100,22 @@ def roles(model: nn.Module) -> dict[int, str]:
         elif _is_embedding(module):
             found.update({id(parameter): "embedding" for parameter in module.parameters(recurse=False)})
     return found
+
+
+def _to_vocabulary(modules: Iterable[nn.Module]) -> list[Tensor]:
+    """The weight of the one Linear that has an output for each row of the largest embedding, and takes such rows."""
+    every = list(modules)
+    tables = [module for module in every if isinstance(module, nn.Embedding)]
+    if not tables:
+        return []
+    largest = max(tables, key=lambda table: table.num_embeddings)
+    shape = (largest.num_embeddings, largest.embedding_dim)
+    layers = [
+        module
+        for module in every
+        if isinstance(module, nn.Linear) and (module.out_features, module.in_features) == shape
+    ]
+    return _weights(layers[0]) if len(layers) == 1 else []
 
 
 def _own(module: nn.Module, name: str, parameter: Tensor) -> str | None:

@@ -29,6 +29,8 @@ def scale_factor(scale: str | None, shape: tuple[int, ...], weight_storage: str 
     if scale is None:
         return 1.0
     if scale not in SCALES:
-        raise ValueError(f"scale={scale!r} is unknown; choose from {sorted(SCALES)} or None")
+        named = {"match_rms_adamw": "moonlight", "original": "keller", "spectral": "nvidia"}.get(scale)
+        hint = f"that of others by this name is {named!r} here; " if named else ""
+        raise ValueError(f"scale={scale!r} is unknown; {hint}choose from {sorted(SCALES)} or None")
     m, n = shape if weight_storage == "out_in" else shape[::-1]
     return SCALES[scale](m, n)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dion_dtensor.assembly import own_shard, scattered
+from dion_dtensor.assembly import everywhere, own_shard, scattered
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.members import Member
 
@@ -130,4 +130,4 @@ def _copy(own: Tensor, value: Tensor) -> None:
     elif isinstance(own, DTensor):
         own.to_local().copy_(own_shard(value, StorageLayout.of(own)))
     else:
-        own.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+        own.copy_(everywhere(value))

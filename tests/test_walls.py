@@ -18,7 +18,11 @@ VOCABULARY = {
 
 
 # The one collective that DTensor has no redistribution for, and a type.
-EXCEPTIONS = {"exchange.py": {"ProcessGroup", "Work", "all_to_all_single"}, "optimizer.py": {"ProcessGroup"}}
+EXCEPTIONS = {
+    "exchange.py": {"ProcessGroup", "Work", "all_to_all_single"},
+    "optimizer.py": {"ProcessGroup"},
+    "updates.py": {"ProcessGroup"},
+}
 
 
 def imported_modules(path: Path) -> set[str]:

@@ -130,7 +130,9 @@ def launched(
     values |= {"split": None} | rule.prepare(shape, group)
     fields = rule.hyper._fields  # type: ignore[attr-defined]
     fixed = tuple((name, values[name]) for name in fields if name not in rule.scalars)
-    plan = Plan(rule, (fixed,), False, stacked.partial(pending), stacked, tuple(states), number, (), None, False)
+    plan = Plan(
+        rule, (fixed,), False, stacked.partial(pending), stacked, tuple(states), number, (), None, False
+    )
     scalars = {
         name: torch.full((), 0.5, dtype=torch.float64, device=device) for name in (*rule.scalars, "lr")
     }

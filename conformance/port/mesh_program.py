@@ -28,7 +28,7 @@ from conformance.port.grading import Spectrum
 from conformance.port.mesh_cases import RESUME_AFTER, STEPS, Layout, MeshCase
 from conformance.port.mesh_grading import Values, beyond, grade, name_of, problems_of, worst_spectrum
 from conformance.port.watchdog import watched
-from conformance.process_groups import shared_group, shared_mesh
+from conformance.process_groups import shared_group, shared_mesh, whole
 
 
 @dataclass(frozen=True)
@@ -205,8 +205,7 @@ def _collect(adapter: Any, model: Any, optimizer: Any, first: Mapping[str, Tenso
 
 
 def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    return whole(tensor.detach())
 
 
 def _digest(values: Values) -> str:

@@ -77,9 +77,13 @@ def states(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, StateS
 
 
 def check_betas(group: Mapping[str, Any]) -> None:
-    """Refuse betas outside [0, 1)."""
+    """Refuse betas outside [0, 1), and one tensor of both."""
     betas = group["betas"]
-    if len(betas) != 2 or not all(0 <= float(beta) < 1 for beta in betas):
+    if (
+        not isinstance(betas, tuple | list)
+        or len(betas) != 2
+        or not all(0 <= float(beta) < 1 for beta in betas)
+    ):
         raise ValueError(f"betas={betas} must be two numbers in [0, 1)")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from fractions import Fraction
+from numbers import Integral
 from typing import Any, NamedTuple
 
 import torch
@@ -177,8 +178,9 @@ def check(group: Mapping[str, Any]) -> None:
         raise ValueError(f"orthonormalize={group['orthonormalize']!r} must be 'qr' or 'rcqr'")
     if group["right_factor"] not in ("normalize", "orthonormalize"):
         raise ValueError(f"right_factor={group['right_factor']!r} must be 'normalize' or 'orthonormalize'")
-    if int(group["rank_multiple"]) < 1:
-        raise ValueError(f"rank_multiple={group['rank_multiple']} must be at least 1")
+    multiple = group["rank_multiple"]
+    if not isinstance(multiple, Integral) or multiple < 1:
+        raise ValueError(f"rank_multiple={multiple!r} must be a whole number, at least 1")
 
 
 def prepare(shape: tuple[int, ...], group: Mapping[str, Any]) -> dict[str, Any]:

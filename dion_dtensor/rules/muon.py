@@ -101,7 +101,7 @@ def check_momentum(group: Mapping[str, Any]) -> None:
     """Refuse hyperparameters outside their range."""
     check_polynomial(group)
     if group["momentum"] not in ("sum", "ema"):
-        raise ValueError(f"momentum={group['momentum']!r} must be 'sum' or 'ema'")
+        raise ValueError(f"momentum={group['momentum']!r} must be 'sum' or 'ema'; its factor is mu")
     if group["bias_correction"] and group["momentum"] != "ema":
         raise ValueError("bias_correction=True needs momentum='ema': a sum has no weights that add up to 1")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
+from numbers import Real
 from typing import Any, Protocol
 
 import torch
@@ -108,9 +109,9 @@ def check_mu(group: Mapping[str, Any]) -> None:
 
 
 def check_fraction(name: str, group: Mapping[str, Any]) -> None:
-    """Refuse a fraction outside (0, 1]."""
-    if not 0 < group[name] <= 1:
-        raise ValueError(f"{name}={group[name]} must be in (0, 1]")
+    """Refuse a fraction outside (0, 1], or one that is no plain number: it decides shapes."""
+    if not isinstance(group[name], Real) or not 0 < float(group[name]) <= 1:
+        raise ValueError(f"{name}={group[name]!r} must be a number in (0, 1]")
 
 
 def check_polynomial(group: Mapping[str, Any]) -> None:

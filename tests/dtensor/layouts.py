@@ -71,9 +71,14 @@ LAYOUTS = [
 ]
 
 
-def build_mesh(layout: Layout) -> DeviceMesh:
-    """The mesh of ``layout``; all ranks must come here."""
-    return shared_mesh(layout.mesh, ("expert", "replicate", "shard", "tensor")[-len(layout.mesh) :])
+def build_mesh(layout: Layout, flattened: bool = False) -> DeviceMesh:
+    """The mesh of ``layout``, or another one that has been flattened; all ranks must come here."""
+    names = ("expert", "replicate", "shard", "tensor")[-len(layout.mesh) :]
+    if not flattened:
+        return shared_mesh(layout.mesh, names)
+    mesh = shared_mesh(layout.mesh, tuple(f"flat_{name}" for name in names))
+    mesh._flatten()
+    return mesh
 
 
 def placements(layout: Layout) -> list[Placement]:

@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from conformance.process_groups import whole
 from dion_dtensor import Dion, Dion2, Dion3, Muon, NorMuon
 from tests.dtensor.layouts import Layout, build_mesh, lay_out
 
@@ -61,8 +61,7 @@ def problem(shapes: Sequence[tuple[int, ...]], steps: int, dtype: torch.dtype = 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor or DTensor, on every rank."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+    return whole(tensor.detach())
 
 
 def run_steps(
@@ -74,11 +73,15 @@ def run_steps(
     data: Problem | None = None,
     states: bool = True,
     split: str | None = None,
+    flattened: bool = False,
     **options: Any,
 ) -> dict[str, list[Tensor]] | None:
-    """Full weights and state after ``steps``; on one device if ``layout`` is None; None on ranks outside the mesh."""
+    """Full weights and state after ``steps``; on one device if ``layout`` is None; None on ranks outside the mesh.
+
+    ``flattened``: the mesh has been flattened too, all of it.
+    """
     weights, gradients = data or problem(shapes, steps, dtype)
-    mesh = None if layout is None else build_mesh(layout)
+    mesh = None if layout is None else build_mesh(layout, flattened=flattened)
     if mesh is not None and mesh.get_coordinate() is None:
         return None
 

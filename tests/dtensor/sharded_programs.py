@@ -186,6 +186,28 @@ def partial_gradient(algorithm: str) -> tuple[Tensor, Tensor] | None:
     return results[0], results[1]
 
 
+def pending_gradient(algorithm: str) -> tuple[Tensor, Tensor] | None:
+    """A step with a gradient to be averaged over the axis that shards its parameter, and one with the average."""
+    where = layout("4 S0")
+    mesh = build_mesh(where)
+    if mesh.get_coordinate() is None:
+        return None
+    drawn = torch.randn(5, 6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    results = []
+    for pending in (True, False):
+        parameter = nn.Parameter(lay_out(drawn[4], where, mesh))
+        optimizer = (Dion if algorithm == "dion" else Muon)([("w", parameter)], compile=False)
+        own = drawn[torch.distributed.get_rank()]
+        parameter.grad = (
+            DTensor.from_local(own.clone(), mesh, [Partial("avg")], run_check=False)
+            if pending
+            else lay_out(drawn[:4].mean(0), where, mesh)
+        )
+        optimizer.step()
+        results.append(parameter.detach().full_tensor())
+    return results[0], results[1]
+
+
 def replicated_gradient() -> tuple[Tensor, Tensor] | None:
     """A step with a gradient that is replicated where its parameter is sharded, and one with its shards."""
     mesh = build_mesh(layout("2x2 R S0"))

@@ -9,11 +9,18 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dion_dtensor import Dion2, Muon, audit, updates
+from dion_dtensor import Dion2, Muon, audit, exchange, updates
 from dion_dtensor.buckets import Bucket
+from dion_dtensor.checks import check_member
+from dion_dtensor.layout import StorageLayout
+from dion_dtensor.members import Member
 from dion_dtensor.optimizer import OrthonormalOptimizer
 from dion_dtensor.planning.buckets import FEW_WEIGHTS
+from dion_dtensor.rules import RULES
 from tests.dtensor.small import make
 
 
@@ -208,3 +215,86 @@ def test_a_step_of_narrow_weights_is_that_of_wide_ones_rounded_once(
     updates.update_of.cache_clear()
     allowed = 0.03 if compiled else 0  # where wide ones are changed by a fused multiply-add; no decay: 0.1
     assert (results[0] != results[1]).double().mean() <= allowed
+
+
+@pytest.mark.parametrize("compile", [False, True])
+@pytest.mark.parametrize("rule", ["muon", "adamw"])
+def test_a_decay_in_a_tensor_is_not_rounded_away(rule: str, compile: bool) -> None:
+    weight = torch.nn.Parameter(torch.randn(3, 3, dtype=torch.float64))
+    weight.grad = torch.zeros_like(weight)
+    before = weight.detach().clone()
+    make(rule, [("w", weight)], lr=3e-4, weight_decay=torch.tensor(1e-4), compile=compile).step()
+    torch.testing.assert_close(before - weight.detach(), 3e-8 * before, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("split", [None, "rows(4, 2, 2)"])
+def test_changes_are_of_the_weights_dtype(monkeypatch: pytest.MonkeyPatch, split: str | None) -> None:
+    seen, really = [], Bucket._apply
+
+    def noted(self: Bucket, members: Any, changes: list[torch.Tensor], decay: torch.Tensor) -> None:
+        seen.extend(change.dtype for change in changes)
+        really(self, members, changes, decay)
+
+    monkeypatch.setattr(Bucket, "_apply", noted)
+    weights = [torch.nn.Parameter(torch.ones(8, 4)) for _ in range(FEW_WEIGHTS + 1)]
+    for compile in (False, True):
+        optimizer = Muon([{"params": weights, "split": split}], compile=compile)
+        for weight in weights:
+            weight.grad = torch.ones(8, 4)
+        optimizer.step()
+    assert set(seen) == {torch.float32}
+
+
+@pytest.mark.parametrize("rule", ["muon", "dion", "dion2", "adamw"])
+def test_another_default_device_changes_nothing(rule: str) -> None:
+    weights = [torch.nn.Parameter(torch.ones(6, 4)) for _ in range(2)]
+    for weight, other in zip(weights, ("cpu", "meta"), strict=True):
+        with torch.device(other):
+            optimizer = make(rule, [("w", weight)])
+            weight.grad = torch.arange(24.0, device="cpu").view(6, 4)
+            optimizer.step()
+    assert torch.equal(*weights)
+
+
+def test_steps_in_inference_mode_and_outside_follow_each_other() -> None:
+    weights = [torch.nn.Parameter(torch.ones(6, 4)) for _ in range(2)]
+    for weight, inference in zip(weights, (False, True), strict=True):
+        optimizer = Muon([weight], compile=False)
+        for step in range(3):
+            weight.grad = torch.arange(24.0).view(6, 4) + step
+            with torch.inference_mode(inference and step < 2):
+                optimizer.step()
+    assert torch.equal(*weights)
+
+
+def test_plans_and_routes_are_those_of_the_process_groups_that_there_are() -> None:
+    found = []
+    for _ in range(2):
+        torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+        try:
+            mesh = init_device_mesh("cpu", (2,))
+            number = exchange.route(mesh, (Shard(1),), 6, (0,))
+            assert exchange._routes[number].groups == (mesh.get_group(0),)
+            weight = torch.nn.Parameter(DTensor.from_local(torch.ones(3, 4), mesh, [Shard(0)]))
+            (bucket,) = make("muon", [("w", weight)]).buckets
+            assert bucket._plan(bucket.members).groups == (mesh.get_group(0),)
+            found.append((number, bucket._plan(bucket.members)))
+        finally:
+            torch.distributed.destroy_process_group()
+    (first, plan), (second, other) = found
+    assert first != second
+    assert plan != other
+
+
+def test_a_weight_that_lies_elsewhere_than_its_mesh_is_refused() -> None:
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("meta", (2,))
+        layout = StorageLayout((6, 4), torch.float32, torch.device("cpu"), mesh, (Shard(0),))
+        member = Member("up.weight", torch.ones(3, 4), layout)
+        with pytest.raises(
+            ValueError, match=r"up\.weight .*on the cpu, its mesh is of meta .*offload_policy"
+        ):
+            check_member(member, RULES["muon"], None)
+    finally:
+        torch.distributed.destroy_process_group()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from typing import Any
 
 import pytest
@@ -32,6 +33,30 @@ def test_what_is_taken_out_of_the_groups_is_stepped_no_more(what: str) -> None:
     assert all(torch.equal(old, new) for old, new in zip(before, gone, strict=True))
     assert not torch.equal(others, model.down.weight)
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    for other, copied in (
+        copy.deepcopy((model, optimizer)),
+        pickle.loads(pickle.dumps((model, optimizer))),
+    ):
+        assert [g["param_names"] for g in copied.param_groups] == [
+            [name for name, one in other.named_parameters() for p in group["params"] if one is p]
+            for group in copied.param_groups
+        ]
+        stepped = train(other, copied, 2)
+    assert all(torch.equal(*pair) for pair in zip(stepped, train(model, optimizer, 2), strict=True))
+
+
+def test_a_frozen_parameter_without_state_can_be_copied() -> None:
+    model = Small()
+    optimizer = optimizer_of(model)
+    train(model, optimizer, 1)
+    model.up.weight.requires_grad_(False)
+    model.up.weight.grad = None
+    del optimizer.state[model.up.weight]
+    optimizer.step()
+    other, copied = copy.deepcopy((model, optimizer))
+    optimizer.zero_grad()
+    after = train(other, copied, 1)
+    assert all(torch.equal(*pair) for pair in zip(after, train(model, optimizer, 1), strict=True))
 
 
 def test_replaced_groups_are_followed() -> None:
@@ -57,9 +82,22 @@ def test_replaced_groups_are_followed() -> None:
     ("algorithm", "change", "message"),
     [
         ("muon", {"lr": "1e-3"}, "lr='1e-3' must be a number"),
-        ("muon", {"lr": float("nan")}, "lr=nan must not be negative"),
+        ("muon", {"lr": float("nan")}, "lr=nan must be finite and not negative"),
+        ("muon", {"lr": float("inf")}, "lr=inf must be finite"),
+        (
+            "muon",
+            {"lr": torch.tensor([0.1, 0.2])},
+            r"lr must be a number or a tensor of one element, .*\[2\]",
+        ),
+        ("muon", {"weight_decay": float("inf")}, "weight_decay=inf must be finite"),
+        ("muon", {"weight_decay": torch.ones(2)}, "weight_decay must be a number or a tensor of one"),
         ("muon", {"mu": 1.5}, "mu=1.5"),
+        ("muon", {"split": "heads(2)"}, r"up\.weight .*split=None, and the group now has 'heads\(2\)'"),
         ("adamw", {"weight_decay": None}, "weight_decay=None must be a number"),
+        ("adamw", {"betas": torch.tensor([0.9, 0.95])}, "betas=.* must be two numbers"),
+        ("lion", {"betas": (0.9, 1.0)}, "betas=.* must be two numbers"),
+        ("dion2", {"fraction": torch.tensor(0.25)}, "fraction=tensor.* must be a number in"),
+        ("dion", {"rank_multiple": 2.9}, "rank_multiple=2.9 must be a whole number"),
         ("dion", {"rank_fraction": 0.25}, "its state was made with .*make the optimizer anew"),
     ],
 )

@@ -64,9 +64,12 @@ def no_waiting() -> Iterator[None]:
 
 @pytest.mark.parametrize("rule", RECORDED)
 @pytest.mark.parametrize("capture", [False, True], ids=["launched", "recorded"])
-def test_the_host_does_not_wait_for_the_device(no_waiting: None, rule: str, capture: bool) -> None:
+@pytest.mark.parametrize("lr", [0.02, torch.tensor(0.02)], ids=["number", "tensor"])
+def test_the_host_does_not_wait_for_the_device(
+    no_waiting: None, rule: str, capture: bool, lr: float | Tensor
+) -> None:
     named = _named()
-    optimizer = make(rule, named, compile=True, validate=False, capture=capture)
+    optimizer = make(rule, named, compile=True, validate=False, capture=capture, lr=lr)
     for step in range(WARM_UP + 3):
         _set_gradients(named, step)
         torch.cuda.synchronize()
@@ -74,6 +77,25 @@ def test_the_host_does_not_wait_for_the_device(no_waiting: None, rule: str, capt
             torch.cuda.set_sync_debug_mode("error")
         optimizer.step()
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("compile", [False, True], ids=["eager", "compiled"])
+def test_products_of_float32_take_no_tf32(compile: bool) -> None:
+    """A gradient of rank one leaves all columns of Dion's basis but one dead; in TF32 all of them would live."""
+    u, v = torch.randn(2, 256, generator=torch.Generator().manual_seed(0)).cuda()
+    found = []
+    for precision in ("highest", "high"):
+        weight = nn.Parameter(torch.zeros(256, 256, device="cuda"))
+        optimizer = make("dion", [("w", weight)], lr=1.0, weight_decay=0.0, scale=None, compile=compile)
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(precision)
+        for _ in range(3):
+            weight.grad = torch.outer(u, v)
+            optimizer.step()
+        torch.set_float32_matmul_precision(before)
+        found.append(weight.detach())
+    assert torch.equal(*found)
+    assert float(found[0].norm()) < 3.01
 
 
 def _graphs(optimizer: OrthonormalOptimizer) -> list[bool]:

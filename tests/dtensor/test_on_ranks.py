@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,6 +216,27 @@ def test_the_momentum_is_averaged_again_as_often_as_asked_for(ranks: Ranks) -> N
     assert max(steps[step] for steps in apart for step in (1, 3)) < 1e-14
 
 
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {"path": path}) for name in ("dion2", "dion3") for path in ("exchange", "assemble")),
+        ("muon", {}),
+        ("normuon", {}),
+        ("dion", {"path": "low_rank"}),
+    ],
+)
+def test_a_mesh_that_was_flattened_too_is_as_ever(ranks: Ranks, name: str, options: dict[str, Any]) -> None:
+    """Of 13 rows, 4 x 2 ranks hold other ones than 8 ranks in a row do."""
+    options = {"compile": False, **options}
+    expected = on_one_thread(run_steps_with, name, None, options)
+    for codes in ("S0 S0", "S1 S1"):
+        where = layout(f"4x2 {codes}")
+        for result in ranks.run(8, run_steps_with, name, where, {**options, "flattened": True}):
+            for key, values in expected.items():
+                for ours, theirs in zip(result[key], values, strict=True):
+                    assert error(ours, theirs) < (1e-11 if name == "dion" else 1e-14), (where, key)
+
+
 def test_a_flattened_mesh_is_a_mesh(ranks: Ranks) -> None:
     expected = on_one_thread(flattened, False)
     for result in ranks.run(8, flattened, True):
@@ -300,6 +322,12 @@ def test_a_fault_on_one_mesh_is_an_error_on_the_ranks_of_all(ranks: Ranks, where
 def test_partial_gradients_are_averaged(ranks: Ranks, algorithm: str) -> None:
     for partial, averaged in ranks.run(4, programs.partial_gradient, algorithm):
         torch.testing.assert_close(partial, averaged, rtol=1e-13, atol=1e-14)
+
+
+@pytest.mark.parametrize("algorithm", ["muon", "dion"])
+def test_gradients_to_be_averaged_over_the_axis_that_shards_are(ranks: Ranks, algorithm: str) -> None:
+    for pending, averaged in ranks.run(4, programs.pending_gradient, algorithm):
+        torch.testing.assert_close(pending, averaged, rtol=1e-12, atol=1e-13)
 
 
 def test_replicated_gradients_of_sharded_parameters_are_cut(ranks: Ranks) -> None:

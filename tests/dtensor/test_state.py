@@ -284,3 +284,16 @@ def test_a_frozen_parameter_needs_no_state_and_keeps_its_own() -> None:
     assert torch.equal(optimizer.state[model.up.weight]["momentum"], own)
     assert not torch.equal(optimizer.state[model.down.weight]["momentum"], other)
     train(model, optimizer, 1)
+
+
+def test_a_refused_load_leaves_the_groups_of_frozen_parameters_as_they_were() -> None:
+    weight = nn.Parameter(torch.eye(6, 4))
+    optimizer = make("dion", [("w", weight)], rank_fraction=0.5)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"] = {}
+    saved["param_groups"][0]["rank_fraction"] = 1.0
+    weight.requires_grad_(False)
+    with pytest.raises(RuntimeError, match="its state was made with"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["rank_fraction"] == 0.5
+    optimizer.step()
