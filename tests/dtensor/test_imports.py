@@ -210,6 +210,23 @@ def test_by_order_where_names_are_missing_on_either_side_or_in_one_dict() -> Non
     filled(ours(model), mixed[::-1], model)
 
 
+def test_two_dicts_of_one_algorithm_the_named_one_first() -> None:
+    _, weights = square("ab")
+    saved = []
+    for name, weight in weights.items():
+        weight.grad = torch.eye(3)
+        other: Any = torch.optim.Muon([("module.b", weight)] if name == "b" else [weight])
+        other.step()
+        other.state[weight]["momentum_buffer"].fill_(ord(name))
+        saved.append(other.state_dict())
+    for names in (("a", "b"), ("module.a", "module.b"), ("_orig_mod.a", "_orig_mod.b")):
+        optimizer = Muon(list(zip(names, weights.values(), strict=True)), compile=False, **TORCH_MUON)
+        for order in (saved, saved[::-1]):
+            optimizer.load_state_dict(import_state_dict(optimizer, *order))
+            for name, weight in weights.items():
+                assert (optimizer.state[weight]["momentum"] == ord(name)).all()
+
+
 def test_state_of_parameters_that_never_had_a_gradient_stays() -> None:
     model = Small()
     optimizers = theirs(model)
