@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -17,8 +17,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dion_dtensor import Dion, Muon, import_state_dict
-from dion_dtensor.imports import MICROSOFT
+from dion_dtensor import Dion, Muon
 from tests.dtensor.small import MATRIX_RULES, RULES, Small, make, optimizer_of, train
 
 
@@ -210,56 +209,6 @@ def test_parameters_of_several_dtypes_in_one_group() -> None:
         weight.grad = torch.ones_like(weight)
     optimizer.step()
     assert all((weight != torch.eye(3, dtype=weight.dtype)).any() for weight in weights)
-
-
-def test_torch_muon_goes_on_here() -> None:
-    weight = torch.randn(6, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    theirs, ours = nn.Parameter(weight.clone()), nn.Parameter(weight.clone())
-    other = torch.optim.Muon([theirs], lr=0.02, momentum=0.9, weight_decay=0.1)
-    options = {"momentum": "ema", "nesterov": True, "mu": 0.9, "scale": "keller", "polynomial": "keller"}
-    optimizer = Muon(
-        [("w", ours)], lr=0.02, weight_decay=0.1, epsilon=1e-7, epsilon_rule="clamp", compile=False, **options
-    )
-    generator = torch.Generator().manual_seed(1)
-    for _ in range(3):
-        theirs.grad = torch.randn(6, 4, dtype=torch.float64, generator=generator)
-        other.step()
-    ours.data.copy_(theirs.detach())
-    optimizer.load_state_dict(import_state_dict(optimizer, other.state_dict()))
-    assert torch.equal(optimizer.state[ours]["momentum"], other.state[theirs]["momentum_buffer"])
-    with pytest.raises(ValueError, match=r"w \[6, 4\]: momentum is 'sum' here and 'ema' in the saved state"):
-        import_state_dict(Muon([("w", ours)], mu=0.9, nesterov=True), other.state_dict())
-    with pytest.raises(ValueError, match="bias_correction is True here and False in the saved state"):
-        import_state_dict(
-            Muon([("w", ours)], mu=0.9, nesterov=True, momentum="ema", bias_correction=True),
-            other.state_dict(),
-        )
-    with pytest.raises(ValueError, match=r"mu is 0.95 here and 0.9"):
-        import_state_dict(Muon([("w", ours)], nesterov=True, momentum="ema"), other.state_dict())
-
-
-@pytest.mark.parametrize("algorithm", ["normuon", "dion", "dion3", "adamw", "lion"])
-def test_state_as_microsoft_dion_saves_it_goes_on_here(algorithm: str) -> None:
-    """Their keys and their place of the step count; a run against the library itself is among the ports."""
-    weight = nn.Parameter(torch.ones(6, 4))
-    optimizer = make(algorithm, [("w", weight)])
-    train_once(optimizer, weight)
-    own = copy.deepcopy(optimizer.state[weight])
-    keys = MICROSOFT[algorithm]
-    group = {"params": [0], "algorithm": "nordion2" if algorithm == "dion3" else algorithm, "step": 1}
-    saved = {"state": {0: {keys[key]: own[key] for key in keys}}, "param_groups": [group]}
-    fresh = make(algorithm, [("w", nn.Parameter(torch.ones(6, 4)))])
-    fresh.load_state_dict(import_state_dict(fresh, saved))
-    (loaded,) = fresh.state.values()
-    assert set(loaded) == set(own)
-    assert all(torch.equal(loaded[key], own[key]) for key in own)
-    with pytest.raises(ValueError, match="algorithm is 'muon' here"):
-        import_state_dict(make("muon", [("w", weight)]), saved)
-
-
-def train_once(optimizer: torch.optim.Optimizer, weight: Tensor) -> None:
-    weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
-    optimizer.step()
 
 
 def test_a_frozen_parameter_needs_no_state_and_keeps_its_own() -> None:
