@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -154,14 +155,17 @@ def top_slices(M: Tensor, count: int, dim: int) -> Tensor:
     """Indices of the ``count`` slices of M along ``dim`` with the largest L1 norm; ties to the lowest index.
 
     Args:
-        M: ``[m, n]``; norms are summed in its dtype.
+        M: ``[m, n]``; norms are summed exactly and rounded once, to float64, so that slices of the same values in
+            another order tie.
         count: how many, 1 <= count <= size of ``dim``.
         dim: 0 for rows, 1 for columns.
 
     Returns:
         int64 ``[count]``, ascending.
     """
-    # contiguous slices, so that equal slices are summed in the same order and tie exactly
-    slices = (M if dim == 0 else M.mT).abs().contiguous()
-    order = torch.sort(slices.sum(dim=1), descending=True, stable=True).indices
-    return order[:count].sort().values
+    slices = (M if dim == 0 else M.mT).abs().double()
+    if slices.amax() > 1e290:  # the sum would leave the range
+        slices = slices * 2.0**-64
+    norms = [math.fsum(values) for values in slices.tolist()]
+    order = sorted(range(len(norms)), key=lambda index: (-norms[index], index))
+    return torch.tensor(sorted(order[:count]), device=M.device)

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dion_ref import ALGORITHMS
+from dion_ref.linalg import top_slices
 
 from .helpers import gaussian, on_singular_values, relative, run
 from .test_muon import POLAR_EXPRESS
@@ -135,6 +136,24 @@ def test_trap_1_zero_momentum_still_decays(algorithm):
     new, state = algorithm.step(W, torch.zeros_like(W), algorithm.init(W, hyper), hyper)
     assert torch.equal(new, W * (1 - 0.1 * 0.5))
     assert not state.momentum.any()
+
+
+TIED = [[0.1, 0.2, 0.3, 0.7, 0.11], [0.3, 0.7, 0.2, 0.11, 0.1], [0.7, 0.11, 0.1, 0.3, 0.2]]
+
+
+@pytest.mark.parametrize("algorithm", [DION2, DION3], ids=["dion2", "dion3"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_trap_8_rows_of_the_same_values_in_another_order_tie(algorithm, dtype):
+    G = torch.tensor(TIED, dtype=dtype).double()
+    assert len({float(row.sum()) for row in G}) > 1 or dtype == torch.float32  # as plain sums see them
+    new, _ = run(algorithm.name, torch.zeros_like(G), [G], algorithm.Hyper(**BARE, fraction=0.25))
+    assert [bool(row.any()) for row in new] == [True, False, False]
+
+
+def test_the_largest_rows_may_sum_beyond_the_range():
+    M = torch.tensor([[1e-300, 0.0], [1.5e308, 1e308], [1.5e308, 1.1e308]], dtype=torch.float64)
+    assert top_slices(M, 1, 0).tolist() == [2]
+    assert top_slices(M, 2, 0).tolist() == [1, 2]
 
 
 def test_trap_9_a_selected_zero_row_decays_its_variance():
