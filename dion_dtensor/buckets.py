@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -21,8 +20,10 @@ from dion_dtensor.paths import chosen_path, path_of
 from dion_dtensor.planning import Choice
 from dion_dtensor.planning.buckets import FEW_WEIGHTS
 from dion_dtensor.rules import Rule
+from dion_dtensor.scalars import filled
 from dion_dtensor.scale import scale_factor
 from dion_dtensor.updates import Plan, update_of
+from dion_dtensor.weights import add, add_in_one_pass, plain
 
 __all__ = ["Bucket"]
 
@@ -223,7 +224,11 @@ class Bucket:
             return
         every = len(members) == len(self.members)
         stacks = self.stacks if every else {key: self._joined(key, members) for key in self.stacks}
-        scalars, scale, plan = self._filled_scalars(count), self._scale(), self._plan(members)
+        scalars, scale, plan = (
+            filled(self._scalars, self.rule, self.group, self.device, count),
+            self._scale(),
+            self._plan(members),
+        )
         parts, weights = self._parts(members, grads), self._weights(members, grads)
 
         def update(grad: Tensor) -> None:
@@ -291,7 +296,7 @@ class Bucket:
         if not (updates.IN_PLACE and len(members) <= FEW_WEIGHTS and whole and self._in_one_pass()):
             return ()
         weights = tuple(member.local.detach() for member in members)
-        return weights if _plain((*weights, *grads)) else ()
+        return weights if plain((*weights, *grads)) else ()
 
     def _in_one_pass(self) -> bool:
         """Whether weights decay as they change: on other devices that would wait for the decay's value."""
@@ -304,49 +309,9 @@ class Bucket:
         """``W <- decay * W + change``; cautious decay only where the change shrinks the weight."""
         weights = [member.local for member in members]
         if self._in_one_pass():
-            number = decay.item()
-            for weight, change in zip(weights, changes, strict=True):
-                torch.add(change, weight, alpha=number, out=weight)
-            return
-        wide = torch.promote_types(weights[0].dtype, torch.float32)
-        narrow = wide != weights[0].dtype
-        # Rounded once: in bfloat16 a decay of 1 - 1e-4 alone would be rounded away.
-        values = [weight.to(wide) for weight in weights] if narrow else weights
-        factor = decay.to(wide)  # of the weights' dtype, for which CUDA has one kernel for all of them
-        if self.group["cautious"]:
-            for value, change in zip(values, changes, strict=True):
-                agree = change.sign() * value.sign() <= 0  # the product itself could underflow
-                value.mul_(torch.where(agree, factor, 1.0))
+            add_in_one_pass(weights, changes, decay.item())
         else:
-            torch._foreach_mul_(values, factor)
-        torch._foreach_add_(values, list(changes))
-        if narrow:
-            torch._foreach_copy_(weights, values)
-
-    def _filled_scalars(self, count: float | None) -> dict[str, Any]:
-        """The hyperparameters of this step in 0-d tensors that live as long as the bucket, so nothing recompiles."""
-        group = self.group
-        values = {name: group[name] for name in self.rule.scalars} | {"lr": group["lr"]}
-        # In float64, also of tensors: 1 - lr * weight_decay is close to one.
-        lr, decay = (
-            value.double() if isinstance(value, Tensor) else value
-            for value in (group["lr"], group["weight_decay"])
-        )
-        values["decay"] = 1 - lr * decay
-        if count is not None:
-            values["step"] = count
-        for name, value in values.items():
-            parts = value if isinstance(value, tuple | list) else (value,)
-            if name not in self._scalars:
-                cells = tuple(torch.zeros((), dtype=torch.float64, device=self.device) for _ in parts)
-                self._scalars[name] = cells if isinstance(value, tuple | list) else cells[0]
-            stored = self._scalars[name]
-            for cell, part in zip(stored if isinstance(stored, tuple) else (stored,), parts, strict=True):
-                if isinstance(part, Tensor) and part.device.type != "cpu":
-                    cell.copy_(part.reshape(()))
-                else:  # as a number: to copy from the host's memory would wait for the device
-                    cell.fill_(float(part))
-        return self._scalars
+            add(weights, changes, decay, cautious=self.group["cautious"])
 
     def _plan(self, members: Sequence[Member]) -> Plan:
         group, rule, form = self.group, self.rule, self.members[0].form
@@ -427,13 +392,6 @@ class Bucket:
                 yield part.view(member.local.shape)
             else:
                 yield member.unfold(part, None if key is None else self.forms[member][key].spec.dims)
-
-
-def _plain(tensors: Sequence[Tensor]) -> bool:
-    """Whether all are contiguous, since a graph is of given strides, and no two overlap, since it may write early."""
-    held = sorted((tensor.data_ptr(), tensor.nbytes) for tensor in tensors if tensor.numel())
-    apart = all(start + size <= after for (start, size), (after, _) in pairwise(held))
-    return apart and all(tensor.is_contiguous() for tensor in tensors)
 
 
 def _holds_tensor(value: Any) -> bool:

@@ -55,16 +55,16 @@ def test_a_step_that_fails_in_the_middle_is_undone(
 ) -> None:
     """And the next one is that of an optimizer that never met the failure, counted steps of AdamW among it."""
 
-    def made() -> tuple[list[torch.nn.Parameter], OrthonormalOptimizer]:
+    def made() -> tuple[list[torch.torch.nn.Parameter], OrthonormalOptimizer]:
         matrices, _ = trainer(Muon)
-        bias = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+        bias = torch.torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
         groups = [
             {"params": [("bias", bias)], "algorithm": "adamw"},
             {"params": list(zip(NAMES, matrices, strict=True))},
         ]
         return [bias, *matrices], kind(groups, lr=0.1, compile=False, atomic=atomic)
 
-    def give(parameters: list[torch.nn.Parameter], step: int) -> None:
+    def give(parameters: list[torch.torch.nn.Parameter], step: int) -> None:
         give_gradients(parameters[1:], step)
         parameters[0].grad = torch.full((5,), 1.0 + step, dtype=torch.float64)
 
@@ -143,3 +143,15 @@ def test_a_save_that_is_killed_leaves_the_earlier_one(tmp_path: Path) -> None:
         give_gradients(expected, step)
         other.step()
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(parameters, expected, strict=True))
+
+
+def test_an_error_lists_some_and_counts_the_rest() -> None:
+    weights = [(f"layer{index}.weight", torch.nn.Parameter(torch.ones(2, 2))) for index in range(30)]
+    optimizer = Muon(weights, compile=False)
+    for _, weight in weights:
+        weight.grad = torch.full((2, 2), torch.nan)
+    with pytest.raises(
+        RuntimeError, match=r"layer0\.weight .*(?s:.)*layer11\.weight .*(?s:.)*and 18 more"
+    ) as raised:
+        optimizer.step()
+    assert str(raised.value).count("NaN") == 12
