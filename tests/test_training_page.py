@@ -1,0 +1,106 @@
+"""The samples and scripts of docs/training.md run as they stand, and its table of scales is what a step gives."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from dion_dtensor import Muon
+
+ROOT = Path(__file__).parent.parent
+PAGE = (ROOT / "docs" / "training.md").read_text()
+BLOCKS = re.findall(r"```python\n(.*?)```", PAGE, flags=re.DOTALL)
+SCRIPTS = {match[1]: block for block in BLOCKS if (match := re.match(r"# (\w+\.py)\n", block))}
+SAMPLES = [block for block in BLOCKS if block not in SCRIPTS.values()]
+LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+
+
+def run(folder: Path, *arguments: str) -> str:
+    result = subprocess.run(
+        [sys.executable, "-W", "ignore", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": f"{ROOT}:{os.environ.get('PYTHONPATH', '')}"},
+    )
+    assert result.returncode == 0, result.stderr[-5000:]
+    return result.stdout
+
+
+def launched(folder: Path, script: str, *arguments: str) -> list[str]:
+    (folder / script).write_text(SCRIPTS[script])
+    return re.findall(
+        r"^(?:rank \d )?step .*$", run(folder, *LAUNCHER, script, *arguments), flags=re.MULTILINE
+    )
+
+
+def test_every_script_is_run_here() -> None:
+    assert set(SCRIPTS) == {"train_fsdp.py", "train_ddp.py", "train_hf.py"}
+    assert len(SAMPLES) > 5
+
+
+def test_the_samples_run_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "samples.py").write_text("\n".join(SAMPLES))
+    printed = run(tmp_path, "samples.py")
+    assert "orthonormalized" in printed
+    assert "rms of the update" in printed
+
+
+def test_a_resumed_run_under_fsdp2_has_the_losses_of_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole = launched(tmp_path, "train_fsdp.py", "8", "whole")
+    first = launched(tmp_path, "train_fsdp.py", "4", "parts")
+    second = launched(tmp_path, "train_fsdp.py", "8", "parts")
+    assert len(whole) == 8
+    assert first + second == whole
+    losses = [float(line.split()[3]) for line in whole]
+    assert losses[-1] < losses[0]
+
+
+def test_replicas_of_ddp_share_the_work(tmp_path: Path) -> None:
+    lines = launched(tmp_path, "train_ddp.py")
+    assert len(lines) == 20
+
+
+def test_hugging_face_trainer(tmp_path: Path) -> None:
+    pytest.importorskip("transformers")
+    pytest.importorskip("accelerate")
+    (tmp_path / "train_hf.py").write_text(SCRIPTS["train_hf.py"])
+    assert "resumed" in run(tmp_path, "train_hf.py")
+
+
+SCALES = re.findall(
+    r'^\| ("\w+"|None)(?: \(default\))? \| .* \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$', PAGE, re.M
+)
+
+
+def test_the_table_has_every_scale() -> None:
+    assert [row[0].strip('"') for row in SCALES] == ["spectral_norm", "keller", "moonlight", "nvidia", "None"]
+
+
+@pytest.mark.parametrize("row", SCALES, ids=lambda row: row[0].strip('"'))
+def test_a_step_changes_weights_by_what_the_table_says(row: tuple[str, ...]) -> None:
+    scale = None if row[0] == "None" else row[0].strip('"')
+    torch.manual_seed(0)
+    for shape, shown in zip(((256, 256), (1024, 256), (256, 1024)), row[1:], strict=True):
+        weight = torch.nn.Parameter(torch.zeros(shape))
+        optimizer = Muon([("weight", weight)], lr=1.0, weight_decay=0.0, scale=scale, compile=False)
+        weight.grad = torch.randn(shape)
+        optimizer.step()
+        size = weight.detach().square().mean().sqrt().item()
+        assert size == pytest.approx(float(shown), rel=0.04)
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]+)\)", PAGE))))
+def test_links_lead_somewhere(link: str) -> None:
+    page, _, anchor = link.partition("#")
+    text = (ROOT / "docs" / page).read_text() if page else PAGE
+    headings = re.findall(r"^#+ (.*)$", text, flags=re.MULTILINE)
+    slugs = {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+    assert not anchor or anchor in slugs
