@@ -41,7 +41,7 @@ def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
 
 
-@pytest.mark.parametrize("page", ["docs/adding_a_rule.md", "docs/specification.md"])
+@pytest.mark.parametrize("page", ["docs/adding_a_rule.md", "docs/results.md", "docs/specification.md"])
 def test_the_sample_of_a_page_runs(page: str) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     result = subprocess.run(
