@@ -7,11 +7,12 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from dion_dtensor import Muon
+from dion_dtensor import Dion, Dion2, Dion3, Muon, NorMuon, param_groups
 
 ROOT = Path(__file__).parent.parent
 PAGE = (ROOT / "docs" / "training.md").read_text()
@@ -100,6 +101,26 @@ def test_a_step_changes_weights_by_what_the_table_says(row: tuple[str, ...]) -> 
         optimizer.step()
         size = weight.detach().square().mean().sqrt().item()
         assert size == pytest.approx(float(shown), rel=0.04)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "algorithm", "options", "size"),
+    [
+        (Muon, "adamw", {}, 8),
+        (Muon, "muon", {}, 4),
+        (NorMuon, "normuon", {}, 4 + 4 / 32),
+        (Dion, "dion", {"rank_fraction": 0.25}, 4 + 4 * 8 / 64),
+        (Dion2, "dion2", {}, 4),
+        (Dion3, "dion3", {}, 4 + 4 / 32),
+    ],
+)
+def test_state_takes_the_bytes_of_the_table(
+    optimizer: Any, algorithm: str, options: dict[str, Any], size: float
+) -> None:
+    layer = torch.nn.Linear(32, 64, bias=False)
+    made = optimizer(param_groups(layer, algorithm), compile=False, **options)
+    state = {key: value for key, value in made.state[layer.weight].items() if key != "step"}
+    assert sum(value.nbytes for value in state.values()) == size * layer.weight.numel()
 
 
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\(([^)]+)\)", PAGE))))
