@@ -41,7 +41,14 @@ def test_links_lead_somewhere(link: str) -> None:
     assert (ROOT / link).exists()
 
 
-@pytest.mark.parametrize("page", ["docs/adding_a_rule.md", "docs/specification.md"])
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_links_of_pages_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / "docs" / page).read_text())
+    for link in links:
+        assert link.startswith("https://") or (ROOT / "docs" / link).exists()
+
+
+@pytest.mark.parametrize("page", ["docs/adding_a_rule.md", "docs/results.md", "docs/specification.md"])
 def test_the_sample_of_a_page_runs(page: str) -> None:
     (block,) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), flags=re.DOTALL)
     result = subprocess.run(
