@@ -72,7 +72,9 @@ class Bucket:
         own_dtype = torch.float32 if first.layout.dtype == torch.float16 else first.layout.dtype
         self.state_dtype = momentum_dtype or own_dtype
         mesh = first.layout.mesh if first.form else None
-        self._groups = () if mesh is None else tuple(mesh.get_group(axis) for axis in range(mesh.ndim))
+        self._groups = (
+            () if mesh is None else tuple(mesh.get_group(axis).group_name for axis in range(mesh.ndim))
+        )
         self.pending: tuple[int, ...] = ()
         """Mesh axes over which the momentum is still to be averaged."""
         self._counts_steps = rule.counts_steps(group)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup, Work, all_to_all_single
+from torch.distributed import Work, all_to_all_single
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 from torch.fx.node import has_side_effect
@@ -37,7 +37,7 @@ class Route:
     """Between storage, where each axis of the route shards the rows or holds copies, and the work.
 
     Attributes:
-        groups: process group of each axis, in the order of the mesh.
+        mesh, axes: whose groups are asked for when rows travel, so that nothing keeps them from being destroyed.
         sizes: ranks of each axis.
         here: this rank's coordinates.
         sharded: for each axis, whether it shards the rows; otherwise each of its ranks holds all.
@@ -46,7 +46,8 @@ class Route:
         split: for each axis, whether its ranks share the matrices; otherwise each of them works on all.
     """
 
-    groups: tuple[ProcessGroup, ...]
+    mesh: DeviceMesh
+    axes: tuple[int, ...]
     sizes: tuple[int, ...]
     here: tuple[int, ...]
     sharded: tuple[bool, ...]
@@ -104,9 +105,8 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
     """
     sharding = axes_sharding(placements, 1)
     axes = tuple(sorted({*sharding, *split}))
-    # A mesh is equal to one made after its process groups were destroyed.
-    groups = tuple(mesh.get_group(axis) for axis in axes)
-    key = (mesh, placements, rows, split, groups)
+    # A mesh is equal to one made after its process groups were destroyed, whose names may be others.
+    key = (mesh, placements, rows, split, tuple(mesh.get_group(axis).group_name for axis in axes))
     if key not in _known:
         sharded = tuple(axis in sharding for axis in axes)
         coordinates = mesh.get_coordinate()
@@ -122,7 +122,8 @@ def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split:
         _known[key] = len(_routes)
         _routes.append(
             Route(
-                groups=groups,
+                mesh=mesh,
+                axes=axes,
                 sizes=tuple(mesh.size(axis) for axis in axes),
                 here=tuple(coordinates[axis] for axis in axes),
                 sharded=sharded,
@@ -347,7 +348,9 @@ def _hop(rows: Rows, at: Tensor, target: Tensor, way: Route, axis: int) -> Fligh
     sent = rows.taken(order).reshape(-1).view(torch.uint8)
     received = sent.new_empty(len(wanted) * width)
     sizes_in, sizes_out = [one * width for one in expected], [one * width for one in counts]
-    work = all_to_all_single(received, sent, sizes_in, sizes_out, group=way.groups[axis], async_op=True)
+    work = all_to_all_single(
+        received, sent, sizes_in, sizes_out, group=way.mesh.get_group(way.axes[axis]), async_op=True
+    )
     second = torch.empty_like(arriving).scatter_(0, arriving, torch.arange(len(arriving), device=HOST))
     source = received.view(rows.source.dtype).view(1, len(wanted), n)
     return Flight(Rows(source, torch.zeros_like(second), second, wanted), arriving, work, sent)

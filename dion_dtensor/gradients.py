@@ -91,7 +91,8 @@ def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]
     All ranks give up the graph of a bucket whose weights have moved on one of them.
     """
     mine = _codes(members)
-    moved = [bucket.has_moved() for bucket in buckets]
+    recording = [bucket for bucket in buckets if bucket.recorder is not None]
+    moved = [bucket.has_moved() for bucket in recording]
     try:
         found = agreed(torch.tensor([*mine, *(-code for code in mine), *moved], device="cpu"), members)
     except RuntimeError as error:
@@ -101,7 +102,7 @@ def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]
         ) from error
     count = len(members)
     largest, smallest = found[:count], [-code for code in found[count : 2 * count]]
-    for bucket, anywhere in zip(buckets, found[2 * count :], strict=True):
+    for bucket, anywhere in zip(recording, found[2 * count :], strict=True):
         if anywhere and bucket.recorder is not None:
             bucket.recorder.forget()
     texts = []

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed import ProcessGroup
 from torch.torch_version import TorchVersion
 
 from dion_dtensor.assembly import own_shard
@@ -42,7 +41,7 @@ class Plan:
         change_layout: of the result.
         states: layouts of the stacked states by key, and the piece that a state belongs to alone.
         size: entries of the stack, or elements.
-        groups: process groups of the mesh, which a compiled function names: those made anew are others.
+        groups: names of the mesh's process groups, which are part of a compiled function.
         split: cuts whole parameters into logical matrices once they are assembled, state and all.
         compile: under ``torch.compile(fullgraph=True)``.
     """
@@ -54,7 +53,7 @@ class Plan:
     change_layout: StorageLayout | None
     states: tuple[tuple[str, StorageLayout | None, int | None], ...]
     size: int
-    groups: tuple[ProcessGroup, ...]
+    groups: tuple[str, ...]
     split: Split | None
     compile: bool
 

@@ -19,9 +19,8 @@ VOCABULARY = {
 
 # The one collective that DTensor has no redistribution for, and a type.
 EXCEPTIONS = {
-    "exchange.py": {"ProcessGroup", "Work", "all_to_all_single"},
+    "exchange.py": {"Work", "all_to_all_single"},
     "optimizer.py": {"ProcessGroup"},
-    "updates.py": {"ProcessGroup"},
 }
 
 

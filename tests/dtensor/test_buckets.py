@@ -268,22 +268,20 @@ def test_steps_in_inference_mode_and_outside_follow_each_other() -> None:
 
 
 def test_plans_and_routes_are_those_of_the_process_groups_that_there_are() -> None:
-    found = []
-    for _ in range(2):
+    plans = []
+    for axes in ((2,), (1, 2)):
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
         try:
-            mesh = init_device_mesh("cpu", (2,))
-            number = exchange.route(mesh, (Shard(1),), 6, (0,))
-            assert exchange._routes[number].groups == (mesh.get_group(0),)
+            mesh = init_device_mesh("cpu", axes, mesh_dim_names=("a", "b")[: len(axes)])["ab"[len(axes) - 1]]
+            way = exchange._routes[exchange.route(mesh, (Shard(1),), 6, (0,))]
+            assert way.mesh.get_group(way.axes[0]) is mesh.get_group(0)
             weight = torch.nn.Parameter(DTensor.from_local(torch.ones(3, 4), mesh, [Shard(0)]))
             (bucket,) = make("muon", [("w", weight)]).buckets
-            assert bucket._plan(bucket.members).groups == (mesh.get_group(0),)
-            found.append((number, bucket._plan(bucket.members)))
+            plans.append(bucket._plan(bucket.members))
+            assert plans[-1].groups == (mesh.get_group(0).group_name,)
         finally:
             torch.distributed.destroy_process_group()
-    (first, plan), (second, other) = found
-    assert first != second
-    assert plan != other
+    assert plans[0] != plans[1]
 
 
 def test_a_weight_that_lies_elsewhere_than_its_mesh_is_refused() -> None:
