@@ -20,6 +20,7 @@ def whole(tensor: Tensor) -> Tensor:
     Gathered axis by axis: torch merges the axes of a mesh that was flattened too, and then takes uneven shards for
     those of the flat mesh (seen with 2.14).
     """
+    tensor = tensor.detach()
     with getattr(_redistribute, "disable_redistribute_transform_optimization", nullcontext)():
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 

@@ -78,6 +78,11 @@ class Recorder:
         self._memory.recorded.discard(self)
 
     @property
+    def turns(self) -> int:
+        """Steps taken alike so far, up to the one that is recorded; the same on all ranks, or some record alone."""
+        return min(self._turns, WARM_UP + 1)
+
+    @property
     def recorded(self) -> bool:
         """Whether the next step is a launch of the graph."""
         return self._graph is not None

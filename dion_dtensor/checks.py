@@ -98,6 +98,7 @@ KEYWORDS = {
     "ns_steps": "the number of iterations is that of the polynomial's triples",
     "ns_coefficients": "the coefficients are those of polynomial, a name or triples (a, b, c)",
     "adjust_lr_fn": "the factor for a shape is scale: 'keller' for 'original', 'moonlight' for 'match_rms_adamw'",
+    "learning_rate": "the learning rate is lr",
     "rank": "the rank is rank_fraction of the shorter side",
     "adjust_lr": "the factor for a shape is scale",
     "distributed_mesh": "a DTensor carries its mesh; what replicates plain tensors is replicate_mesh",
@@ -125,7 +126,8 @@ def check_member(member: Member, rule: Rule, split: Split | None) -> None:
     if mesh is not None and device not in (mesh.device_type, "meta"):
         raise ValueError(
             f"{where}: it lies on the {device}, its mesh is of {mesh.device_type} devices, as FSDP2's CPUOffloadPolicy "
-            "has it, and DTensor would take what is computed from one to the other; shard without an offload_policy"
+            "or another device's replicate_mesh has it, and DTensor would take what is computed from one to the other; "
+            "shard without an offload_policy, on a mesh of the parameters' devices"
         )
     if any(placement.is_partial() for placement in layout.placements):
         raise ValueError(f"{where}: a parameter cannot be Partial; redistribute it")

@@ -134,7 +134,7 @@ def _rule(where: str, group: Mapping[str, Any]) -> tuple[str, Mapping[str, str],
             raise ValueError(
                 f"{where} has amsgrad=True, which AdamW here does not have; set it to False there to go on without"
             )
-        if not group.get("decoupled_weight_decay", True):
+        if group["weight_decay"] != 0 and not group.get("decoupled_weight_decay", True):
             raise ValueError(
                 f"{where} is torch.optim.Adam's, which adds the weight decay to the gradient; AdamW here does not"
             )

@@ -88,13 +88,16 @@ def _local(grad: Tensor, layout: StorageLayout) -> Tensor:
 def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]:
     """What is wrong with each parameter's gradient on any rank; the same list on every rank.
 
-    All ranks give up the graph of a bucket whose weights have moved on one of them.
+    All ranks give up the graph of a bucket whose weights have moved on one of them, or which one of them has taken
+    otherwise before.
     """
     mine = _codes(members)
     recording = [bucket for bucket in buckets if bucket.recorder is not None]
     moved = [bucket.has_moved() for bucket in recording]
+    turns = [bucket.recorder.turns for bucket in recording if bucket.recorder is not None]
+    flags = [*moved, *turns, *(-turn for turn in turns)]
     try:
-        found = agreed(torch.tensor([*mine, *(-code for code in mine), *moved], device="cpu"), members)
+        found = agreed(torch.tensor([*mine, *(-code for code in mine), *flags], device="cpu"), members)
     except RuntimeError as error:
         raise RuntimeError(
             "no parameter was changed by this step: the ranks could not agree on the gradients; has a rank died? "
@@ -102,8 +105,9 @@ def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]
         ) from error
     count = len(members)
     largest, smallest = found[:count], [-code for code in found[count : 2 * count]]
-    for bucket, anywhere in zip(recording, found[2 * count :], strict=True):
-        if anywhere and bucket.recorder is not None:
+    of_buckets = torch.tensor(found[2 * count :], device="cpu").view(3, len(recording)).tolist()
+    for bucket, anywhere, most, least in zip(recording, *of_buckets, strict=True):
+        if bucket.recorder is not None and (anywhere or most != -least):
             bucket.recorder.forget()
     texts = []
     for member, own, high, low in zip(members, mine, largest, smallest, strict=True):

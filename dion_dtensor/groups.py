@@ -157,7 +157,7 @@ def param_groups(
                     rate.clone() if isinstance(rate, Tensor) else rate
                 )  # a schedule writes into it
         groups[key]["params"].append((name, parameter))
-        may_be_several = to_matrices and not matching and FUSED.search(name) is not None
+        may_be_several = not RULES[rule].elementwise and not matching and FUSED.search(name) is not None
         groups[key]["reasons"][name] = (why or "matrix") + (
             "; of several? see split" if may_be_several else ""
         )

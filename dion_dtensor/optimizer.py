@@ -127,7 +127,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         unknown = set(common) - set(Common.__annotations__)
         if unknown:
             raise TypeError(
-                unknown_arguments(type(self).__name__, unknown, {*options, *Common.__annotations__})
+                unknown_arguments(type(self).__name__, unknown, {"lr", *options, *Common.__annotations__})
             )
         if mistaken := set(options) - set(RULES[algorithm].defaults):
             raise TypeError(unknown_arguments(algorithm, mistaken, set(RULES[algorithm].defaults)))
@@ -290,6 +290,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: groups of other sizes, parameters of other names (but for wrappers), or the state of another
                 algorithm, shape or rank; the message names the parameter.
+            RuntimeError: hyperparameters in the loaded groups that the state of a frozen parameter cannot follow.
         """
         loaded: list[Mapping[str, Any] | None] = []
 
@@ -358,12 +359,17 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             "capture",
             "reasons",
         )
-        members = {member.parameter: (member, bucket) for bucket in self.buckets for member in bucket.members}
-        pending = {parameter: bucket.pending for parameter, (_, bucket) in members.items() if bucket.pending}
+        names = {member.parameter: member.name for member in self.members()}
+        pending = {
+            member.parameter: bucket.pending
+            for bucket in self.buckets
+            for member in bucket.members
+            if bucket.pending
+        }
         state = {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_pending": pending}
         # The names of what is there now: users take parameters out of a group, and leave the list of their names.
         state["param_groups"] = [
-            {**group, "param_names": [members[parameter][0].name for parameter in group["params"]]}
+            {**group, "param_names": [names[parameter] for parameter in group["params"]]}
             if "param_names" in group
             else group
             for group in self.param_groups
@@ -382,7 +388,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         load_states(members, [states.get(member.parameter) for member in members])
         pending = self.__dict__.pop("_pending")
         for bucket in self.buckets:
-            bucket.pending = pending.get(bucket.members[0].parameter, ())
+            axes = {axis for member in bucket.members for axis in pending.get(member.parameter, ())}
+            bucket.pending = tuple(sorted(axes))
 
 
 def _mesh_of(replicas: DeviceMesh | ProcessGroup | None) -> DeviceMesh | None:

@@ -54,14 +54,14 @@ FUSED = re.compile(
 )
 # Biases of experts and of attention, decay rates of state-space models.
 NO_MATRIX = re.compile(r"(^|_)(bias|biases|log)(_[uv])?$")
-HEAD = "output head"
+HEAD, HEAD_BY_SHAPE = "output head", "output head, by its shape"
 CONVOLUTION, CONVOLUTION_IN_BY_OUT = "convolution", "transposed convolution"
 IN_BY_OUT, EXPERTS_IN_BY_OUT = "stored as [in, out]", "experts stored as [in, out]"
 INTERLEAVED = "experts stored as [in, out], gate and up interleaved"
 NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
 MAGNITUDES, EMPTY, VECTOR = "magnitudes of a weight norm", "empty", "no matrix, by its shape"
 CUT_AS_ASKED = (CONVOLUTION, CONVOLUTION_IN_BY_OUT, IN_BY_OUT, EXPERTS_IN_BY_OUT, INTERLEAVED)
-EXPECTED = ("embedding", HEAD, "excluded", NO_STACK, BY_NAME, VECTOR, MAGNITUDES, EMPTY)
+EXPECTED = ("embedding", HEAD, HEAD_BY_SHAPE, "excluded", NO_STACK, BY_NAME, VECTOR, MAGNITUDES, EMPTY)
 
 
 def roles(model: nn.Module) -> dict[int, str]:
@@ -90,7 +90,7 @@ def roles(model: nn.Module) -> dict[int, str]:
     for layer in given:
         found.update({id(weight): HEAD for weight in _weights(layer)})
     if HEAD not in found.values():
-        found.update({id(weight): HEAD for weight in _to_vocabulary(modules.values())})
+        found.update({id(weight): HEAD_BY_SHAPE for weight in _to_vocabulary(modules.values())})
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if (own := _own(module, name, parameter)) is not None:
@@ -105,7 +105,14 @@ def roles(model: nn.Module) -> dict[int, str]:
 def _to_vocabulary(modules: Iterable[nn.Module]) -> list[Tensor]:
     """The weight of the one Linear that has an output for each row of the largest embedding, and takes such rows."""
     every = list(modules)
-    tables = [module for module in every if isinstance(module, nn.Embedding)]
+    tables = [
+        child
+        for module in every
+        for name, child in module.named_children()
+        if isinstance(child, nn.Embedding)
+        and child.num_embeddings > child.embedding_dim
+        and not re.search("pos", name)
+    ]
     if not tables:
         return []
     largest = max(tables, key=lambda table: table.num_embeddings)

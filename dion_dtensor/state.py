@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from dion_dtensor.assembly import everywhere, own_shard, scattered
+from dion_dtensor.assembly import everywhere, scattered
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.members import Member
 
@@ -125,9 +125,9 @@ def _left_out(member: Member, state: Mapping[str, Any] | None) -> bool:
 def _copy(own: Tensor, value: Tensor) -> None:
     if own is value:
         return
-    if isinstance(own, DTensor) and not isinstance(value, DTensor):
-        own.to_local().copy_(scattered(value.to(own.device), StorageLayout.of(own)))
+    if isinstance(own, DTensor) and isinstance(value, DTensor) and value.placements == own.placements:
+        own.to_local().copy_(value.to_local())
     elif isinstance(own, DTensor):
-        own.to_local().copy_(own_shard(value, StorageLayout.of(own)))
+        own.to_local().copy_(scattered(everywhere(value).to(own.device), StorageLayout.of(own)))
     else:
         own.copy_(everywhere(value))

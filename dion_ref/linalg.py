@@ -155,17 +155,24 @@ def top_slices(M: Tensor, count: int, dim: int) -> Tensor:
     """Indices of the ``count`` slices of M along ``dim`` with the largest L1 norm; ties to the lowest index.
 
     Args:
-        M: ``[m, n]``; norms are summed exactly and rounded once, to float64, so that slices of the same values in
-            another order tie.
+        M: ``[m, n]``; in float64 norms are summed exactly and rounded once, so that slices of the same values in
+            another order tie; in a rerun's narrower dtype they are summed in that.
         count: how many, 1 <= count <= size of ``dim``.
         dim: 0 for rows, 1 for columns.
 
     Returns:
         int64 ``[count]``, ascending.
     """
-    slices = (M if dim == 0 else M.mT).abs().double()
-    if slices.amax() > 1e290:  # the sum would leave the range
+    # contiguous slices, so that equal slices are summed in the same order and tie in any dtype
+    slices = (M if dim == 0 else M.mT).abs().contiguous()
+    norms = _exact_sums(slices) if M.dtype == torch.float64 else slices.sum(dim=1)
+    order = torch.sort(norms, descending=True, stable=True).indices
+    return order[:count].sort().values
+
+
+def _exact_sums(slices: Tensor) -> Tensor:
+    """The sum of each row of non-negative ``[k, j]``, rounded once; scaled where it would leave the range."""
+    if float(slices.amax()) > 1e290:
         slices = slices * 2.0**-64
-    norms = [math.fsum(values) for values in slices.tolist()]
-    order = sorted(range(len(norms)), key=lambda index: (-norms[index], index))
-    return torch.tensor(sorted(order[:count]), device=M.device)
+    sums = [math.fsum(row) for row in slices.tolist()]
+    return torch.tensor(sums, dtype=slices.dtype, device=slices.device)

@@ -252,7 +252,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             held, travels = rows * width, True
             rows *= 1 if after[axis] else size
             name = "all_to_all" if after[axis] else "all_gather"
-            self._sent(name, self.axes[route.groups[axis].group_name], held)
+            self._sent(name, self.axes[route.mesh.get_group(route.axes[axis]).group_name], held)
             kept, sent, arrived = arrived, int(held if after[axis] else held * size), int(rows * width)
             self.peak = max(self.peak, self.live + kept + sent + arrived)
         if not travels:  # copied, lest they be written over

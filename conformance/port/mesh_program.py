@@ -159,7 +159,7 @@ def run_case(adapter: Any, case: MeshCase, dtype: str, rank: Rank, folder: str) 
     path, weights = str(Path(folder) / hashlib.sha256(f"{case.id}{dtype}".encode()).hexdigest()[:16]), None
     if inside:
         steps(model, optimizer, range(RESUME_AFTER), case.layout, meshes[0])
-        weights = {name: _whole(parameter) for name, parameter in model.named()}
+        weights = {name: whole(parameter) for name, parameter in model.named()}
         saved = get_optimizer_state_dict(model, optimizer)
         state_dict_saver.save({"optimizer": saved}, checkpoint_id=path, process_group=groups[0])
     kept: list[Any] = [
@@ -195,17 +195,13 @@ def _collect(adapter: Any, model: Any, optimizer: Any, first: Mapping[str, Tenso
     values: Values = {}
     optimizer.state_dict()  # a state may differ from rank to rank until it is asked for
     for name, parameter in model.named():
-        whole = _whole(parameter)
+        whole = whole(parameter)
         values[f"{name}/update"] = whole.double() - first[name].to(whole.dtype).to(whole.device).double()
         for key, own in getattr(adapter, "state_keys", {}).items():
             state = optimizer.state[parameter].get(own)
             if key != "step" and isinstance(state, DTensor):
-                values[f"{name}/{key}"] = _whole(state)
+                values[f"{name}/{key}"] = whole(state)
     return values
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach())
 
 
 def _digest(values: Values) -> str:

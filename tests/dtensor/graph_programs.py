@@ -73,6 +73,8 @@ def recorded_on_ranks(trouble: str, steps: int = WARM_UP + 6) -> list[bool] | No
         if trouble == "no memory on one rank" and not first:
             replace(torch.cuda, "graph", _refused)
         for step in range(steps):
+            if trouble == "other kernels on one rank" and step == WARM_UP + 1 and not first:
+                bucket.recorder.forget()  # as take does
             if not first and MOVES.get(trouble) == step:
                 weight._local_tensor = weight._local_tensor.clone()  # type: ignore[attr-defined]
             weight.grad = _laid(mesh, step + 1)

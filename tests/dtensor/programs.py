@@ -61,7 +61,7 @@ def problem(shapes: Sequence[tuple[int, ...]], steps: int, dtype: torch.dtype = 
 
 def full(tensor: Tensor) -> Tensor:
     """The whole of a tensor or DTensor, on every rank."""
-    return whole(tensor.detach())
+    return whole(tensor)
 
 
 def run_steps(

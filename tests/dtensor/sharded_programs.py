@@ -186,6 +186,25 @@ def partial_gradient(algorithm: str) -> tuple[Tensor, Tensor] | None:
     return results[0], results[1]
 
 
+def loaded_beside_a_flattened_mesh(before: str, after: str) -> bool | None:
+    """Whether a momentum saved in one layout is the gradient in another, on a mesh that was flattened too."""
+    mesh = build_mesh(layout(before), flattened=True)
+    if mesh.get_coordinate() is None:
+        return None
+    drawn = torch.randn(2, 9, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = []
+    for where in map(layout, (before, after)):
+        parameter = nn.Parameter(lay_out(drawn[0], where, mesh))
+        made.append((Muon([("w", parameter)], compile=False), parameter))
+    (saving, parameter), (loading, other) = made
+    parameter.grad = lay_out(drawn[1], layout(before), mesh)
+    saving.step()
+    loading.load_state_dict(saving.state_dict())
+    expected = lay_out(drawn[1], layout(after), mesh)
+    own = loading.state[other]["momentum"]
+    return torch.equal(own.to_local(), expected.to_local())
+
+
 def pending_gradient(algorithm: str) -> tuple[Tensor, Tensor] | None:
     """A step with a gradient to be averaged over the axis that shards its parameter, and one with the average."""
     where = layout("4 S0")

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 
+from conformance.process_groups import whole
 from tests.dtensor.layouts import Layout, build_mesh, lay_out
 from tests.dtensor.programs import OPTIMIZERS, OWN
 
@@ -38,11 +38,6 @@ def tensors(shape: tuple[int, ...], count: int, dtype: torch.dtype = torch.float
     """The same on every rank."""
     generator = torch.Generator().manual_seed(11)
     return [torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(count)]
-
-
-def whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def split_steps(

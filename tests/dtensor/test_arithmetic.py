@@ -108,6 +108,14 @@ def test_products_of_float32_are_of_float32(switch: Callable[[], None], compile:
 
 
 @pytest.mark.usefixtures("as_before")
+def test_what_followed_the_switch_of_all_backends_follows_it_after_a_step() -> None:
+    for_all()
+    dion_step(False)
+    torch.backends.fp32_precision = "ieee"
+    assert [place.fp32_precision for place in PLACES] == ["ieee", "ieee"]
+
+
+@pytest.mark.usefixtures("as_before")
 def test_the_switches_are_put_back_after_a_step_that_failed() -> None:
     older()
     asked = switches()

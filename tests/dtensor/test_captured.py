@@ -28,7 +28,7 @@ class Taken:
     def __init__(self) -> None:
         self.keys: list[Hashable] = []
 
-    places = None
+    places, turns = None, 0
 
     def take(
         self, key: Hashable, places: Hashable, parts: Sequence[Tensor], update: Any, on_all: Any
@@ -203,6 +203,7 @@ def test_what_chooses_other_kernels_is_recorded_anew(monkeypatch: pytest.MonkeyP
         ("none", [False] * WARM_UP + [True] * 6),
         ("no memory on one rank", [False] * (WARM_UP + 6)),
         ("moved on one rank", [False] * WARM_UP + [True] + [False] * WARM_UP + [True] * 3),
+        ("other kernels on one rank", [False] * WARM_UP + [True] + [False] * WARM_UP + [True] * 3),
         ("moved on one rank early", [False] * (WARM_UP + 1) + [True] * 5),
     ],
 )

@@ -55,16 +55,16 @@ def test_a_step_that_fails_in_the_middle_is_undone(
 ) -> None:
     """And the next one is that of an optimizer that never met the failure, counted steps of AdamW among it."""
 
-    def made() -> tuple[list[torch.torch.nn.Parameter], OrthonormalOptimizer]:
+    def made() -> tuple[list[torch.nn.Parameter], OrthonormalOptimizer]:
         matrices, _ = trainer(Muon)
-        bias = torch.torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
+        bias = torch.nn.Parameter(torch.ones(5, dtype=torch.float64))
         groups = [
             {"params": [("bias", bias)], "algorithm": "adamw"},
             {"params": list(zip(NAMES, matrices, strict=True))},
         ]
         return [bias, *matrices], kind(groups, lr=0.1, compile=False, atomic=atomic)
 
-    def give(parameters: list[torch.torch.nn.Parameter], step: int) -> None:
+    def give(parameters: list[torch.nn.Parameter], step: int) -> None:
         give_gradients(parameters[1:], step)
         parameters[0].grad = torch.full((5,), 1.0 + step, dtype=torch.float64)
 

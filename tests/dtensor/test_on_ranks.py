@@ -226,7 +226,7 @@ def test_the_momentum_is_averaged_again_as_often_as_asked_for(ranks: Ranks) -> N
     ],
 )
 def test_a_mesh_that_was_flattened_too_is_as_ever(ranks: Ranks, name: str, options: dict[str, Any]) -> None:
-    """Of 13 rows, 4 x 2 ranks hold other ones than 8 ranks in a row do."""
+    """Of 9 and 10 rows, 4 x 2 ranks hold other ones than 8 ranks in a row do."""
     options = {"compile": False, **options}
     expected = on_one_thread(run_steps_with, name, None, options)
     for codes in ("S0 S0", "S1 S1"):
@@ -235,6 +235,11 @@ def test_a_mesh_that_was_flattened_too_is_as_ever(ranks: Ranks, name: str, optio
             for key, values in expected.items():
                 for ours, theirs in zip(result[key], values, strict=True):
                     assert error(ours, theirs) < (1e-11 if name == "dion" else 1e-14), (where, key)
+
+
+@pytest.mark.parametrize(("before", "after"), [("S0 S0", "R R"), ("S0 S0", "S1 R"), ("R R", "S0 S0")])
+def test_a_state_is_loaded_on_a_mesh_that_was_flattened_too(ranks: Ranks, before: str, after: str) -> None:
+    assert all(ranks.run(8, programs.loaded_beside_a_flattened_mesh, f"4x2 {before}", f"4x2 {after}"))
 
 
 def test_a_flattened_mesh_is_a_mesh(ranks: Ranks) -> None:

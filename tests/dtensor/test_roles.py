@@ -27,11 +27,13 @@ def reasons_of(model: nn.Module, **options: Any) -> dict[str, str]:
 
 def test_a_layer_onto_the_vocabulary_is_a_head_by_any_name() -> None:
     reasons = reasons_of(Translator("linear"))
-    assert reasons["linear.weight"] == "output head"
+    assert reasons["linear.weight"] == "output head, by its shape"
     assert reasons["layers.0.weight"] == reasons["layers.1.weight"] == "matrix"
     twice = Translator("first")
     twice.second = nn.Linear(8, 50, bias=False)
-    assert "output head" not in reasons_of(twice).values()  # which of them is not said
+    assert not any("head" in why for why in reasons_of(twice).values())  # which of them is not said
+    places = nn.ModuleDict({"pos": nn.Embedding(50, 8), "up": nn.Linear(8, 50), "square": nn.Embedding(8, 8)})
+    assert not any("head" in why for why in reasons_of(places).values())
     named = Translator("first")
     named.lm_head = nn.Linear(8, 20, bias=False)
     assert reasons_of(named) | {"first.weight": "matrix", "lm_head.weight": "output head"} == reasons_of(
