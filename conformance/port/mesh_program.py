@@ -195,8 +195,8 @@ def _collect(adapter: Any, model: Any, optimizer: Any, first: Mapping[str, Tenso
     values: Values = {}
     optimizer.state_dict()  # a state may differ from rank to rank until it is asked for
     for name, parameter in model.named():
-        whole = whole(parameter)
-        values[f"{name}/update"] = whole.double() - first[name].to(whole.dtype).to(whole.device).double()
+        weight = whole(parameter)
+        values[f"{name}/update"] = weight.double() - first[name].to(weight.dtype).to(weight.device).double()
         for key, own in getattr(adapter, "state_keys", {}).items():
             state = optimizer.state[parameter].get(own)
             if key != "step" and isinstance(state, DTensor):
