@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.torch_version import TorchVersion
 
 from dion_dtensor import Muon, import_state_dict, param_groups
 from dion_dtensor.foreign import MICROSOFT
@@ -53,6 +54,8 @@ from tests.dtensor.small import make
 def test_other_settings_than_torch_muons_are_refused_unless_told(
     own: dict[str, Any], saved: dict[str, Any], message: str
 ) -> None:
+    if saved.get("adjust_lr_fn") == "spectral_unclamped" and TorchVersion(torch.__version__) < "2.14":
+        pytest.skip("this torch.optim.Muon has no such scale")
     model, dicts = trained(**saved)
     optimizer = ours(model, **own)
     matrices = r"'muon', up\.weight \[12, 6\], down\.weight \[6, 12\]: "
