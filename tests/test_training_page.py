@@ -22,7 +22,7 @@ SAMPLES = [block for block in BLOCKS if block not in SCRIPTS.values()]
 LAUNCHER = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
 
 
-# With gloo torch 2.14.1 may abort at the exit of a process (under DDP with AdamW too); the script is done by then.
+# With gloo a process may abort as it ends (torch 2.14.1, with torch.optim.AdamW too); the script is done by then.
 ABORTED = "terminate called without an active exception"
 
 
