@@ -78,7 +78,7 @@ def brought(
     number = route(mesh, turned, stack.shape[2], split_axes)
     every, tokens = [], []
     for numbers, height, span in rows_here(
-        mesh, placements, split, (stack.shape[1], stack.shape[2]), tuple(matrices)
+        mesh, placements, str(split), (stack.shape[1], stack.shape[2]), tuple(matrices)
     ):
         here = chosen[:, list(numbers)].flatten(0, 1)
         some = Some(len(numbers), height, index_of(span, stack.device), on_host(here))

@@ -71,7 +71,7 @@ def _on_blocks(
     dtype, X = momentum.dtype, local_of(momentum)
     Qs = [local_of(Q).to(dtype) for Q in factors]
     shapes = [(piece.m, piece.n) for piece in by_rows(split)[1].pieces(momentum.shape[1:])]
-    found = spans(*_mesh_of(momentum), split, (momentum.shape[1], momentum.shape[2]))
+    found = spans(*_mesh_of(momentum), str(split), (momentum.shape[1], momentum.shape[2]))
     direction, kept = torch.zeros_like(X), X.clone()
     # Blocks of one rank and one side for P go together.
     kinds = [(m >= n, Q.shape[-1]) for (m, n), Q in zip(shapes, Qs, strict=True)]

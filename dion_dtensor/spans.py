@@ -9,7 +9,7 @@ from torch.distributed.tensor import Placement
 
 from dion_dtensor import placements as algebra
 from dion_dtensor.layout import owners
-from dion_dtensor.matrices import Split, by_rows
+from dion_dtensor.matrices import by_rows, parse_split
 
 __all__ = ["Span", "index_of", "rows_here", "spans"]
 
@@ -25,14 +25,15 @@ def index_of(span: Span, device: torch.device) -> slice | Tensor:
 
 @algebra.constant
 def spans(
-    mesh: DeviceMesh | None, placements: tuple[Placement, ...], split: Split, shape: tuple[int, int]
+    mesh: DeviceMesh | None, placements: tuple[Placement, ...], split: str, shape: tuple[int, int]
 ) -> tuple[tuple[Span, Span, Span], ...]:
     """Of each matrix: its rows in the parameter, where in the local shard those held here lie, and which they are.
 
     Args:
         mesh: None for a plain tensor.
         placements: of a stack ``[N, height, n]``.
-        split: into blocks of rows, or of columns of what the stack is the transpose of.
+        split: into blocks of rows, or of columns of what the stack is the transpose of; as text, since older Dynamos
+            hand on no object of a class of ours.
         shape: ``(height, n)``.
     """
     place = {row: position for position, row in enumerate(_held(mesh, placements, shape[0]))}
@@ -47,7 +48,7 @@ def spans(
 def rows_here(
     mesh: DeviceMesh,
     placements: tuple[Placement, ...],
-    split: Split,
+    split: str,
     shape: tuple[int, int],
     which: tuple[int, ...],
 ) -> tuple[tuple[tuple[int, ...], int, Span], ...]:
@@ -73,10 +74,12 @@ def rows_here(
     return tuple((tuple(matrices), height, _span(rows)) for height, (matrices, rows) in groups.items())
 
 
-def _matrices(split: Split, height: int) -> list[list[int]]:
-    """The rows of each matrix.  Dynamo hands on no split that was made in code that it traces, so it is turned here."""
-    _, split = by_rows(split)
-    numbered = split.split(torch.arange(height, device="cpu").view(1, -1, 1))
+def _matrices(split: str, height: int) -> list[list[int]]:
+    """The rows of each matrix."""
+    parsed = parse_split(split)
+    assert parsed is not None
+    _, of_rows = by_rows(parsed)
+    numbered = of_rows.split(torch.arange(height, device="cpu").view(1, -1, 1))
     return [matrix.tolist() for piece in numbered for matrix in piece.flatten(1).unbind()]
 
 
