@@ -52,7 +52,7 @@ def stand_in(replace: Callable[[Any, str, Any], object], fill: float = torch.nan
     replace(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
     replace(torch.cuda, "device", lambda _: contextlib.nullcontext())
     Graph.replays = 0
-    return Recorder(Space(fill))  # type: ignore[arg-type]
+    return Recorder(Space(fill))  # type: ignore[arg-type]  # of a memory it has what a recorder uses
 
 
 def recorded_on_ranks(trouble: str, steps: int = WARM_UP + 6) -> list[bool] | None:
@@ -76,7 +76,7 @@ def recorded_on_ranks(trouble: str, steps: int = WARM_UP + 6) -> list[bool] | No
             if trouble == "other kernels on one rank" and step == WARM_UP + 1 and not first:
                 bucket.recorder.forget()  # as take does
             if not first and MOVES.get(trouble) == step:
-                weight._local_tensor = weight._local_tensor.clone()  # type: ignore[attr-defined]
+                weight._local_tensor = weight._local_tensor.clone()  # type: ignore[attr-defined]  # a Parameter hides its type
             weight.grad = _laid(mesh, step + 1)
             optimizer.step()
             found.append(bucket.recorder.recorded)

@@ -27,6 +27,7 @@ def test_autocast_changes_neither_the_update_nor_its_graph(compile: bool) -> Non
             torch._dynamo.utils.counters.clear()
         with torch.autocast("cpu", dtype, enabled=dtype is not None, cache_enabled=dtype is None):
             seen: list[bool] = []
+            # Ignored: torch types a closure as one without arguments, and a default is one.
             optimizer.step(lambda seen=seen: seen.append(torch.is_autocast_enabled("cpu")) or 0.0)  # type: ignore[misc]
             assert seen == [dtype is not None]
             assert torch.is_autocast_enabled("cpu") == seen[0]

@@ -55,7 +55,9 @@ def test_other_settings_than_torch_muons_are_refused_unless_told(
     own: dict[str, Any], saved: dict[str, Any], message: str
 ) -> None:
     if saved.get("adjust_lr_fn") == "spectral_unclamped" and TorchVersion(torch.__version__) < "2.14":
-        pytest.skip("this torch.optim.Muon has no such scale")
+        pytest.skip(
+            "this torch.optim.Muon has no such scale"
+        )  # it raises when it is made, so saves no such state
     model, dicts = trained(**saved)
     optimizer = ours(model, **own)
     matrices = r"'muon', up\.weight \[12, 6\], down\.weight \[6, 12\]: "

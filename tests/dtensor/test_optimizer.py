@@ -366,27 +366,6 @@ def test_parameters_that_a_wrapper_replaced_are_named() -> None:
         optimizer.load_state_dict(saved)
 
 
-@pytest.mark.parametrize(
-    ("count", "fit", "lengths"),
-    [(5, 2, [1] * 5), (6, 4, [3, 3]), (7, 3, [2, 2, 3]), (4, 9, [4]), (2, 0, [1, 1])],
-)
-def test_buckets_are_bounded_by_their_bytes(count: int, fit: int, lengths: list[int]) -> None:
-    """And of one length where at most twice as many make that possible: a length is a graph."""
-    generator = torch.Generator().manual_seed(0)
-    weights = [torch.randn(8, 4, generator=generator) for _ in range(count)]
-    results = []
-    for most in (None, fit * 8 * 4 * 4 + 1):
-        parameters = [nn.Parameter(weight.clone()) for weight in weights]
-        optimizer = Muon(parameters, compile=False, max_bucket_bytes=most)
-        assert [len(bucket.members) for bucket in optimizer.buckets] == ([count] if most is None else lengths)
-        for parameter, weight in zip(parameters, weights, strict=True):
-            parameter.grad = weight.clone()
-        optimizer.step()
-        results.append(parameters)
-    for whole, turns in zip(*results, strict=True):
-        torch.testing.assert_close(turns, whole)
-
-
 def test_a_step_within_compiled_code_is_that_of_without() -> None:
     results = []
     for compiled in (False, True):
