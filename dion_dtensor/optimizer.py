@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, TypedDict, Unpack, overload
@@ -22,7 +23,7 @@ from dion_dtensor.matrices import parse_split
 from dion_dtensor.members import Member, form_of
 from dion_dtensor.rules import RULES
 from dion_dtensor.sorting import make_buckets
-from dion_dtensor.state import adopt, check_names, check_states, load_states
+from dion_dtensor.state import adopt, check_states, load_states, loaded_groups
 
 __all__ = ["Common", "OrthonormalOptimizer"]
 
@@ -137,6 +138,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         check_options(self._bucket_options, resync_every)
         self._graph_memory: dict[torch.device, Memory] | None = {} if self.capture else None
         self.buckets: list[Bucket] = []
+        self._made: list[Member] = []
         decay = {key: common.get(key, default) for key, default in DECAY.items()}
         defaults = {"lr": lr, **decay}
         super().__init__(params, defaults)
@@ -187,6 +189,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             members.append(member)
         new = make_buckets(rule, group, members, self._bucket_options, self._graph_memory)
         self.buckets.extend(new)
+        self._made.extend(members)
         for member in members:
             self.state[member.parameter] = dict(member.views)
 
@@ -199,6 +202,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             RuntimeError: a group holds parameters that were not there when the optimizer was made, or some of those
                 that are stepped together are now in a group of their own.
         """
+        self._take_over()
         own = {id(member.parameter): (member, bucket) for bucket in self.buckets for member in bucket.members}
         members, groups = [], dict[Bucket, dict[str, Any]]()
         for position, group in enumerate(self.param_groups):
@@ -207,7 +211,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                     raise RuntimeError(
                         f"parameter {index} of group {position} ({group['algorithm']}), now "
                         f"{StorageLayout.of(parameter).describe()}, is not the one that the optimizer was made with; "
-                        "make the optimizer after the model is wrapped and sharded"
+                        "make the optimizer after the model is wrapped and sharded (or exchange all of them "
+                        "before the first step)"
                     )
                 member, bucket = own[id(parameter)]
                 members.append(member)
@@ -220,6 +225,27 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         for bucket, group in groups.items():
             bucket.follow(group)
         return members
+
+    def _take_over(self) -> None:
+        """Follow parameters that were all exchanged before the first step, as Accelerate does to shard a model."""
+        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
+        made, taken = self._made, set(map(id, parameters))
+        if self._steps or len(made) != len(parameters) or any(id(one.parameter) in taken for one in made):
+            return
+        if any(one.layout.shape != parameter.shape for one, parameter in zip(made, parameters, strict=True)):
+            return
+        before = self.buckets, self.state, made
+        self.buckets, self.state, self._made = [], defaultdict(dict), []
+        try:
+            for position, group in enumerate(self.param_groups):
+                self._add_buckets(group, position)
+            if all(
+                one.layout.device.type != "meta" for one in made
+            ):  # a state was loaded, or drawn as it is here
+                load_states(self._made, [one.views for one in made])
+        except Exception:
+            self.buckets, self.state, self._made = before
+            raise
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -251,8 +277,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        members = self.members()
         with own_arithmetic({bucket.device.type for bucket in self.buckets}):
-            members = self.members()
             for group in self.param_groups:  # schedules write into them
                 check_group(group, foreign=True, wait=False)
             adopt(members, self.state)
@@ -281,6 +307,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ever; where a momentum differs among ranks it is averaged first, so all ranks must call it together."""
+        self._take_over()
         self.synchronize()
         return super().state_dict()
 
@@ -299,31 +326,10 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             sizes = [len(group["params"]) for group in given["param_groups"]]
             if sizes != [len(group["params"]) for group in self.param_groups]:
                 return given  # the base class says what differs
-            groups = []
-            for position, (own, group) in enumerate(
-                zip(self.param_groups, given["param_groups"], strict=True)
-            ):
-                if group.get("algorithm") != own["algorithm"]:
-                    first = next(m for m in self.members() if m.parameter is own["params"][0])
-                    raise ValueError(
-                        f"{first.name} ({first.layout.describe()}) and its group follow {own['algorithm']!r}; the "
-                        f"loaded group follows {group.get('algorithm')!r}"
-                    )
-                if group.get("split") != own["split"]:
-                    first = next(m for m in self.members() if m.parameter is own["params"][0])
-                    raise ValueError(
-                        f"{first.name} ({first.layout.describe()}) is split as {own['split']}; the loaded group as "
-                        f"{group.get('split')}"
-                    )
-                check_names(position, own, group)
-                kept = {key: value for key, value in own.items() if key != "params"}
-                # The names stay those of here: other wrappers, or another order of torch.distributed.checkpoint's.
-                taken = {key: value for key, value in group.items() if key not in ("param_names", "reasons")}
-                groups.append({**kept, **taken})
-                check_group(groups[-1], foreign=True)  # users keep keys of their own in groups
-            indices = [index for group in groups for index in group["params"]]
-            loaded.extend(given["state"].get(index) for index in indices)
-            check_states(self.members(), loaded)
+            members = self.members()
+            groups = loaded_groups(self.param_groups, given["param_groups"], members)
+            loaded.extend(given["state"].get(index) for group in groups for index in group["params"])
+            check_states(members, loaded)
             for own, group in zip(self.param_groups, groups, strict=True):
                 for bucket in self.buckets:
                     if bucket.group is own:
@@ -381,7 +387,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         if "_bucket_options" not in state:  # load_state_dict comes by as well
             return
         states = dict(self.state)
-        self.buckets, self._graph_memory = [], {} if self.capture else None
+        self.buckets, self._made, self._graph_memory = [], [], {} if self.capture else None
         for position, group in enumerate(self.param_groups):
             self._add_buckets(group, position)
         members = self.members()

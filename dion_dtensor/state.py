@@ -10,10 +10,11 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from dion_dtensor.assembly import everywhere, scattered
+from dion_dtensor.checks import check_group
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.members import Member
 
-__all__ = ["WRAPPER_PREFIXES", "adopt", "check_names", "check_states", "load_states", "without_wrappers"]
+__all__ = ["WRAPPER_PREFIXES", "adopt", "check_states", "load_states", "loaded_groups", "without_wrappers"]
 
 # Wrappers that put a prefix into a parameter's name without changing the model.
 WRAPPER_PREFIXES = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
@@ -28,7 +29,39 @@ def without_wrappers(names: Sequence[str]) -> list[str]:
     return list(names)
 
 
-def check_names(position: int, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+def loaded_groups(
+    groups: Sequence[Mapping[str, Any]], given: Sequence[Mapping[str, Any]], members: Sequence[Member]
+) -> list[dict[str, Any]]:
+    """The param groups of a state dict, with the keys and names of here that they lack.
+
+    Args:
+        groups: of the optimizer.
+        given: as many, of the same sizes.
+        members: of all groups, one after the other.
+
+    Raises:
+        ValueError: another algorithm or split, other names, or a hyperparameter out of range; names the parameter.
+    """
+    found: list[dict[str, Any]] = []
+    rest = iter(members)
+    for position, (own, saved) in enumerate(zip(groups, given, strict=True)):
+        here = [next(rest) for _ in own["params"]]
+        for key, does in (("algorithm", "follows"), ("split", "is split as")):
+            if saved.get(key) != own[key]:
+                first = f"{here[0].name} ({here[0].layout.describe()})" if here else f"group {position}"
+                raise ValueError(
+                    f"{first} {does} {own[key]!r} here; in the loaded group it {does} {saved.get(key)!r}"
+                )
+        _check_names(position, own, saved)
+        kept = {key: value for key, value in own.items() if key != "params"}
+        # The names stay those of here: other wrappers, or another order of torch.distributed.checkpoint's.
+        taken = {key: value for key, value in saved.items() if key not in ("param_names", "reasons")}
+        found.append({**kept, **taken})
+        check_group(found[-1], foreign=True)  # users keep keys of their own in groups
+    return found
+
+
+def _check_names(position: int, own: Mapping[str, Any], given: Mapping[str, Any]) -> None:
     """Refuse a saved group whose parameters are named otherwise; a group without names is taken in its order.
 
     Raises:

@@ -49,7 +49,7 @@ def steps(printed: str) -> list[str]:
 
 
 def test_every_script_is_run_here() -> None:
-    assert set(SCRIPTS) == {"train_fsdp.py", "train_ddp.py", "train_hf.py"}
+    assert set(SCRIPTS) == {"train_fsdp.py", "train_ddp.py", "train_hf.py", "train_hf_fsdp.py"}
     assert len(SAMPLES) > 5
 
 
@@ -81,6 +81,19 @@ def test_hugging_face_trainer(tmp_path: Path) -> None:
     pytest.importorskip("accelerate")
     (tmp_path / "train_hf.py").write_text(SCRIPTS["train_hf.py"])
     assert "resumed" in run(tmp_path, "train_hf.py")
+
+
+def test_hugging_face_trainer_that_makes_the_optimizer(tmp_path: Path) -> None:
+    pytest.importorskip("accelerate")
+    own = SCRIPTS["train_hf_fsdp.py"].replace("Muon(groups)", "Muon(groups, compile=False)")
+    (tmp_path / "own_trainer.py").write_text(own)
+    script = "from own_trainer import MuonTrainer\n" + SCRIPTS["train_hf.py"]
+    given = "Trainer(model, options, train_dataset=data, optimizers=(optimizer, scheduler))"
+    assert script.count(given) == 1
+    (tmp_path / "train.py").write_text(
+        script.replace(given, "MuonTrainer(model, options, train_dataset=data)")
+    )
+    assert "resumed" in run(tmp_path, "train.py")
 
 
 SCALES = re.findall(

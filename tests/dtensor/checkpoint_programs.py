@@ -108,6 +108,67 @@ def _saved(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]
     return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
 
 
+def saved_while_training(path: str) -> bool:
+    """Whether an asynchronous checkpoint holds what was there as it was asked for, though steps go on meanwhile."""
+    model = Weights().laid("8 S0")
+    optimizer = _optimizer("muon", model)
+    for step in range(2):
+        _step(model, optimizer, step)
+    pending = checkpoint.async_save(
+        _saved(model, optimizer), checkpoint_id=path, process_group=shared_group(8)
+    )
+    for step in range(2, 6):
+        _step(model, optimizer, step)
+    pending.result()  # type: ignore[union-attr]
+    again = Weights().laid("8 S0")
+    other = _optimizer("muon", again)
+    saved = _saved(again, other)
+    checkpoint.load(saved, checkpoint_id=path)
+    again.load_state_dict(saved["model"])
+    set_optimizer_state_dict(again, other, saved["optimizer"])
+    for step in range(2, 6):
+        _step(again, other, step)
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    same = [torch.equal(whole(one), whole(two)) for one, two in pairs]
+    return all(same)
+
+
+def sharded_after_the_optimizer(name: str, load: bool) -> bool | None:
+    """Whether an optimizer follows parameters that are exchanged for shards before its first step.
+
+    The way of Accelerate: tensors of one element first, so that the whole weights can be freed, then the shards.
+
+    Args:
+        name: of the algorithm.
+        load: a state of two steps before the exchange.
+    """
+    if build_mesh(layout("2x2 T0 S0")).get_coordinate() is None:
+        return None
+    model, other = Weights(), Weights().laid("2x2 T0 S0")
+    optimizer, expected = _optimizer(name, model), _optimizer(name, other)
+    if load:
+        trained = Weights()
+        before = _optimizer(name, trained)
+        for step in range(2):
+            _step(trained, before, step)
+        for one in (optimizer, expected):
+            one.load_state_dict(copy.deepcopy(before.state_dict()))
+    names = [list(group["param_names"]) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        group["params"][:] = [torch.empty(1, dtype=p.dtype) for p in group["params"]]
+    model.laid("2x2 T0 S0")
+    for group, own in zip(optimizer.param_groups, names, strict=True):
+        group["params"] = [model.get_parameter(one) for one in own]
+    state = optimizer.state_dict()["state"]
+    sharded = all(isinstance(one["momentum"], DTensor) for one in state.values() if "momentum" in one)
+    for step in range(3):
+        _step(model, optimizer, step)
+        _step(other, expected, step)
+    pairs = zip(model.parameters(), other.parameters(), strict=True)
+    same = [torch.equal(whole(one), whole(two)) for one, two in pairs]
+    return sharded and all(same)
+
+
 def copies_of_state() -> dict[str, bool] | None:
     """Of DTensors that are parts of one stack: whether each way to copy the state gives the same values."""
     if build_mesh(layout("4 S0")).get_coordinate() is None:

@@ -10,8 +10,67 @@ import pytest
 import torch
 from torch import nn
 
-from dion_dtensor import Muon
+from dion_dtensor import Muon, audit
+from dion_dtensor.optimizer import OrthonormalOptimizer
 from tests.dtensor.small import Small, optimizer_of, train
+
+
+def exchanged(optimizer: OrthonormalOptimizer, model: nn.Module) -> None:
+    for group in optimizer.param_groups:
+        group["params"] = [model.get_parameter(name) for name in group["param_names"]]
+
+
+def test_parameters_that_all_were_exchanged_before_the_first_step_are_followed() -> None:
+    model, other = Small(), Small()
+    optimizer = optimizer_of(model)
+    exchanged(optimizer, other)
+    assert {row.name for row in audit(optimizer).rows} == {name for name, _ in other.named_parameters()}
+    expected = train(model, optimizer_of(model), 3)
+    assert all(torch.equal(*pair) for pair in zip(train(other, optimizer, 3), expected, strict=True))
+    assert set(optimizer.state) == set(other.parameters())
+
+
+def test_what_was_loaded_goes_along_with_exchanged_parameters() -> None:
+    model, other = Small(), Small()
+    optimizer = optimizer_of(model, "dion")
+    train(model, optimizer, 2)
+    followed = optimizer_of(model, "dion")
+    followed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    exchanged(followed, other)
+    other.load_state_dict(copy.deepcopy(model.state_dict()))
+    expected = train(model, optimizer, 2, first=2)
+    assert all(torch.equal(*pair) for pair in zip(train(other, followed, 2, first=2), expected, strict=True))
+
+
+@pytest.mark.parametrize("what", ["after a step", "some alone", "of another shape", "fewer"])
+def test_other_exchanges_are_refused(what: str) -> None:
+    model, other = Small(), Small()
+    optimizer = optimizer_of(model)
+    if what == "after a step":
+        train(model, optimizer, 1)
+    exchanged(optimizer, other)
+    if what == "some alone":
+        optimizer.param_groups[0]["params"][0] = model.up.weight
+    elif what == "of another shape":
+        optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3, 5))
+    elif what == "fewer":
+        optimizer.param_groups[0]["params"].pop()
+    with pytest.raises(RuntimeError, match="is not the one that the optimizer was made with"):
+        optimizer.step()
+
+
+def test_an_exchange_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
+    model = Small()
+    optimizer = optimizer_of(model)
+    own = [list(group["params"]) for group in optimizer.param_groups]
+    exchanged(optimizer, Small(torch.complex64))
+    with pytest.raises(ValueError, match=r"up\.weight.*complex64"):
+        optimizer.step()
+    for group, params in zip(optimizer.param_groups, own, strict=True):
+        group["params"] = params
+    other = Small()
+    expected = train(other, optimizer_of(other), 2)
+    assert all(torch.equal(*pair) for pair in zip(train(model, optimizer, 2), expected, strict=True))
 
 
 @pytest.mark.parametrize("what", ["group", "parameter"])

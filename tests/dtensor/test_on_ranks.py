@@ -10,7 +10,14 @@ import torch
 from torch.torch_version import TorchVersion
 
 from tests.dtensor import sharded_programs as programs
-from tests.dtensor.checkpoint_programs import RESHARDINGS, copies_of_state, resumed, state_of_another_mesh
+from tests.dtensor.checkpoint_programs import (
+    RESHARDINGS,
+    copies_of_state,
+    resumed,
+    saved_while_training,
+    sharded_after_the_optimizer,
+    state_of_another_mesh,
+)
 from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.overlap_programs import NINE, lays_what_was_returned, run_in_turns, steps_of
 from tests.dtensor.programs import run_steps, run_steps_with
@@ -344,6 +351,18 @@ def test_replicated_gradients_of_sharded_parameters_are_cut(ranks: Ranks) -> Non
 def test_the_state_of_sharded_parameters_can_be_copied(ranks: Ranks) -> None:
     for found in ranks.run(4, copies_of_state):
         assert found == {"deepcopy": True, "torch.save": True, "pickle": True}
+
+
+def test_an_asynchronous_checkpoint_is_not_changed_by_later_steps(ranks: Ranks, tmp_path: Path) -> None:
+    assert all(ranks.run(8, saved_while_training, str(tmp_path)))
+
+
+@pytest.mark.parametrize("load", [False, True])
+@pytest.mark.parametrize("algorithm", ["muon", "dion"])
+def test_parameters_may_be_sharded_after_the_optimizer_was_made(
+    ranks: Ranks, algorithm: str, load: bool
+) -> None:
+    assert all(ranks.run(4, sharded_after_the_optimizer, algorithm, load))
 
 
 def test_a_state_on_another_mesh_is_refused(ranks: Ranks) -> None:

@@ -53,7 +53,9 @@ def test_load_copies_into_place_and_keeps_the_wider_dtype() -> None:
 
 def test_state_of_another_algorithm_is_refused() -> None:
     model = Small()
-    with pytest.raises(ValueError, match=r"up\.weight .*follow 'dion'; the loaded group follows 'muon'"):
+    with pytest.raises(
+        ValueError, match=r"up\.weight .*follows 'dion' here; in the loaded group it follows 'muon'"
+    ):
         optimizer_of(model, "dion").load_state_dict(optimizer_of(model, "muon").state_dict())
     half = optimizer_of(model, "dion", rank_fraction=0.5)
     saved = optimizer_of(model, "dion").state_dict()
@@ -131,7 +133,7 @@ def test_load_is_all_or_nothing_and_keeps_the_users_hooks() -> None:
     )
     one.load_state_dict(one.state_dict())
     assert seen == [3, 5.0]
-    with pytest.raises(ValueError, match="follow 'muon'; the loaded group follows None"):
+    with pytest.raises(ValueError, match="follows 'muon' here; in the loaded group it follows None"):
         one.load_state_dict(torch.optim.SGD([{"params": weights[:1]}, {"params": weights[1:]}]).state_dict())
 
 
