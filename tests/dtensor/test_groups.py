@@ -281,7 +281,7 @@ def test_torchvision_models_are_claimed_whole(make_model: str) -> None:
 
 
 def test_the_audit_of_an_optimizer_whose_parameters_were_replaced_says_so() -> None:
-    optimizer = Muon([("weight", nn.Parameter(torch.ones(3, 4)))])
+    optimizer = Muon([(name, nn.Parameter(torch.ones(3, 4))) for name in ("one", "other")])
     optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3, 4))
     with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 \(muon\), now \[3, 4\].*is not the one"):
         audit(optimizer)
