@@ -11,7 +11,13 @@ from typing import Any
 import torch
 import torch.distributed.checkpoint as checkpoint
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
@@ -106,6 +112,32 @@ def _run(name: str, where: str, steps: range, path: str = "", load: bool = False
 
 def _saved(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {"model": model.state_dict(), "optimizer": get_optimizer_state_dict(model, optimizer)}
+
+
+def whole_state_of_rank_zero(name: str) -> list[bool]:
+    """Whether training goes on alike from a whole state that rank 0 alone holds, as one file of it is read."""
+    model = Weights().laid("8 S0")
+    optimizer = _optimizer(name, model)
+    for step in range(2):
+        _step(model, optimizer, step)
+    saved = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(model, options=saved)
+    states = get_optimizer_state_dict(model, optimizer, options=saved)
+    if torch.distributed.get_rank():
+        weights, states = {}, {}
+    again = Weights().laid("8 S0")
+    with torch.no_grad():
+        for parameter in again.parameters():
+            parameter.zero_()
+    other = _optimizer(name, again)
+    loaded = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    set_model_state_dict(again, weights, options=loaded)
+    set_optimizer_state_dict(again, other, states, options=loaded)
+    for step in range(2, 4):
+        _step(model, optimizer, step)
+        _step(again, other, step)
+    pairs = zip(model.parameters(), again.parameters(), strict=True)
+    return [torch.equal(whole(one), whole(two)) for one, two in pairs]
 
 
 def saved_while_training(path: str) -> bool:

@@ -17,6 +17,7 @@ from tests.dtensor.checkpoint_programs import (
     saved_while_training,
     sharded_after_the_optimizer,
     state_of_another_mesh,
+    whole_state_of_rank_zero,
 )
 from tests.dtensor.layouts import LAYOUTS, Layout, layout
 from tests.dtensor.overlap_programs import NINE, lays_what_was_returned, run_in_turns, steps_of
@@ -351,6 +352,11 @@ def test_replicated_gradients_of_sharded_parameters_are_cut(ranks: Ranks) -> Non
 def test_the_state_of_sharded_parameters_can_be_copied(ranks: Ranks) -> None:
     for found in ranks.run(4, copies_of_state):
         assert found == {"deepcopy": True, "torch.save": True, "pickle": True}
+
+
+@pytest.mark.parametrize("algorithm", ["normuon", "dion"])
+def test_a_whole_state_goes_out_from_rank_zero(ranks: Ranks, algorithm: str) -> None:
+    assert all(map(all, ranks.run(8, whole_state_of_rank_zero, algorithm)))
 
 
 def test_an_asynchronous_checkpoint_is_not_changed_by_later_steps(ranks: Ranks, tmp_path: Path) -> None:
