@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -33,13 +33,16 @@ COMMON = {
 SCHEDULED = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
 BASE_CLASS = {"differentiable", "foreach", "fused", "capturable"}
 
+COMMON_DEFAULTS = {"lr": 0.0, "weight_decay": 0.0, "cautious": False, "maximize": False}
+"""Of the kinds that are asked for."""
+
 SCALAR = "give it to a group with algorithm='adamw' or 'lion' (param_groups does so)"
 
 COMPUTE_DTYPES = (None, torch.bfloat16, torch.float32, torch.float64)
 
 
-def check_options(options: Mapping[str, Any], resync_every: int | None) -> None:
-    """Refuse dtypes that lose more than rounding, and counts below one.
+def check_options(options: Mapping[str, Any]) -> None:
+    """Refuse dtypes that lose more than rounding, counts below one, and flags that are neither true nor false.
 
     Raises:
         ValueError: names the option.
@@ -48,9 +51,17 @@ def check_options(options: Mapping[str, Any], resync_every: int | None) -> None:
         dtype = options[name]
         if dtype not in COMPUTE_DTYPES:  # float16 overflows on what gradients hold
             raise ValueError(f"{name}={dtype} must be torch.bfloat16, torch.float32, torch.float64 or None")
-    for name, count in (("max_bucket_bytes", options["max_bucket_bytes"]), ("resync_every", resync_every)):
-        if count is not None and count < 1:
-            raise ValueError(f"{name}={count} must be positive, or None")
+    for name in ("max_bucket_bytes", "resync_every"):
+        count = options[name]
+        if count is not None and (not _is_number(count, Integral) or count < 1):
+            raise ValueError(f"{name}={count!r} must be a positive whole number, or None")
+    if not _is_number(options["seed"], Integral):
+        raise ValueError(f"seed={options['seed']!r} must be a whole number")
+    for name in ("compile", "capture", "validate", "atomic", "averaged"):
+        if not isinstance(options[name], bool):
+            raise ValueError(f"{name}={options[name]!r} must be True or False")
+    if options["capture"] and not options["compile"]:
+        raise ValueError("capture=True needs compile=True: graphs are recorded of compiled updates alone")
 
 
 def check_group(group: Mapping[str, Any], foreign: bool = False, wait: bool = True) -> None:
@@ -71,10 +82,14 @@ def check_group(group: Mapping[str, Any], foreign: bool = False, wait: bool = Tr
             f"{sorted(unknown)} are no hyperparameters of {rule.name!r}; it has "
             f"{sorted(set(rule.defaults) | {'lr', 'weight_decay', 'cautious', 'maximize'})}"
         )
+    for name, default in (rule.defaults | COMMON_DEFAULTS).items():
+        value = group[name]
+        if isinstance(default, bool) and not isinstance(value, bool):
+            raise ValueError(f"{name}={value!r} must be True or False")
+        if isinstance(default, float) and not _is_number(value, Real | Tensor):
+            raise ValueError(f"{name}={value!r} must be a number")
     for name in ("lr", "weight_decay"):
         value = group[name]
-        if not isinstance(value, Real | Tensor):
-            raise ValueError(f"{name}={value!r} must be a number")
         if isinstance(value, Tensor) and value.numel() != 1:
             raise ValueError(
                 f"{name} must be a number or a tensor of one element, not of shape {list(value.shape)}"
@@ -82,11 +97,16 @@ def check_group(group: Mapping[str, Any], foreign: bool = False, wait: bool = Tr
         unseen = isinstance(value, Tensor) and value.device.type != "cpu" and not wait
         if not unseen and not 0 <= float(value) < math.inf:
             raise ValueError(f"{name}={value} must be finite and not negative")
-    if "epsilon" in group and not group["epsilon"] > 0:
-        raise ValueError(f"epsilon={group['epsilon']} must be positive")
+    if "epsilon" in group and not 0 < group["epsilon"] < math.inf:
+        raise ValueError(f"epsilon={group['epsilon']} must be finite and positive")
     if "scale" in group:
         scale_factor(group["scale"], (1, 1), group.get("weight_storage", "out_in"))
     rule.check(group)
+
+
+def _is_number(value: Any, kinds: Any) -> bool:
+    """Python counts True and False as numbers."""
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 KEYWORDS = {

@@ -133,9 +133,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         if mistaken := set(options) - set(RULES[algorithm].defaults):
             raise TypeError(unknown_arguments(algorithm, mistaken, set(RULES[algorithm].defaults)))
         self.capture = common.get("capture", False)
-        if self.capture and not self._bucket_options["compile"]:
-            raise ValueError("capture=True needs compile=True: graphs are recorded of compiled updates alone")
-        check_options(self._bucket_options, resync_every)
+        flags = {name: getattr(self, name) for name in ("capture", "validate", "atomic", "averaged")}
+        check_options({**self._bucket_options, **flags, "resync_every": resync_every})
         self._graph_memory: dict[torch.device, Memory] | None = {} if self.capture else None
         self.buckets: list[Bucket] = []
         self._made: list[Member] = []

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def resolve_polynomial(polynomial: str | Coefficients) -> Coefficients:
     """The coefficient triples of a named polynomial, or of a literal sequence of triples.
 
     Raises:
-        ValueError: an unknown name, or a literal that is not a non-empty sequence of triples of numbers.
+        ValueError: an unknown name, or a literal that is not a non-empty sequence of triples of finite numbers.
     """
     if isinstance(polynomial, str):
         if polynomial not in POLYNOMIALS:
@@ -72,8 +74,11 @@ def resolve_polynomial(polynomial: str | Coefficients) -> Coefficients:
         triples = tuple(tuple(float(c) for c in triple) for triple in polynomial)
     except TypeError:
         triples = ()
-    if not triples or any(len(triple) != 3 for triple in triples):
-        raise ValueError(f"polynomial must be a name or a sequence of triples (a, b, c), not {polynomial!r}")
+    finite = all(math.isfinite(c) for triple in triples for c in triple)
+    if not triples or not finite or any(len(triple) != 3 for triple in triples):
+        raise ValueError(
+            f"polynomial must be a name or a sequence of triples (a, b, c) of finite numbers, not {polynomial!r}"
+        )
     return tuple((a, b, c) for a, b, c in triples)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
@@ -82,7 +83,7 @@ def check_betas(group: Mapping[str, Any]) -> None:
     if (
         not isinstance(betas, tuple | list)
         or len(betas) != 2
-        or not all(0 <= float(beta) < 1 for beta in betas)
+        or not all(isinstance(beta, Real | Tensor) and 0 <= float(beta) < 1 for beta in betas)
     ):
         raise ValueError(f"betas={betas} must be two numbers in [0, 1)")
 
