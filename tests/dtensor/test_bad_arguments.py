@@ -45,5 +45,5 @@ def test_refused_by_name(optimizer: type[Any], name: str, value: Any, message: s
 
 def test_betas_of_words() -> None:
     rest = {"params": [nn.Parameter(torch.ones(3))], "algorithm": "adamw", "betas": ("0.9", 0.95)}
-    with pytest.raises(ValueError, match="betas=.* must be two numbers"):
+    with pytest.raises(ValueError, match=r"betas=.* must be two numbers"):
         Muon([{"params": [nn.Parameter(torch.ones(4, 3))]}, rest])
