@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dion_dtensor.common import DECAY
 from dion_dtensor.matrices import Split
 from dion_dtensor.members import Member
 from dion_dtensor.rules import RULES, Rule
@@ -32,9 +33,6 @@ COMMON = {
 }
 SCHEDULED = {"initial_lr", "max_lr", "min_lr", "swa_lr"}
 BASE_CLASS = {"differentiable", "foreach", "fused", "capturable"}
-
-COMMON_DEFAULTS = {"lr": 0.0, "weight_decay": 0.0, "cautious": False, "maximize": False}
-"""Of the kinds that are asked for."""
 
 SCALAR = "give it to a group with algorithm='adamw' or 'lion' (param_groups does so)"
 
@@ -82,7 +80,7 @@ def check_group(group: Mapping[str, Any], foreign: bool = False, wait: bool = Tr
             f"{sorted(unknown)} are no hyperparameters of {rule.name!r}; it has "
             f"{sorted(set(rule.defaults) | {'lr', 'weight_decay', 'cautious', 'maximize'})}"
         )
-    for name, default in (rule.defaults | COMMON_DEFAULTS).items():
+    for name, default in {**rule.defaults, "lr": 0.0, **DECAY}.items():
         value = group[name]
         if isinstance(default, bool) and not isinstance(value, bool):
             raise ValueError(f"{name}={value!r} must be True or False")

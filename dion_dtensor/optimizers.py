@@ -7,7 +7,8 @@ from typing import Any, Unpack
 
 from torch import Tensor
 
-from dion_dtensor.optimizer import Common, OrthonormalOptimizer
+from dion_dtensor.common import Common
+from dion_dtensor.optimizer import OrthonormalOptimizer
 from dion_dtensor.orthonormalize import resolve_polynomial
 from dion_dtensor.orthonormalize.polynomial import Coefficients
 
@@ -44,7 +45,7 @@ class Muon(OrthonormalOptimizer):
         weight_storage: "in_out" where the columns are the outputs, so that m and n change places in the scale.
         path: "assemble" (also "auto") brings whole matrices together; "gram" sends their small Gram matrices alone
             where only the long side is sharded, in float32 or wider.  The result is the same up to rounding.
-        common: weight decay, precision, compilation, replicas: see :class:`~dion_dtensor.optimizer.Common`.
+        common: weight decay, precision, compilation, replicas: see :class:`~dion_dtensor.common.Common`.
     """
 
     def __init__(
