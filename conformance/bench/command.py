@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import sys
@@ -31,6 +32,14 @@ def bench(
     ] = None,
     shapes: Annotated[
         list[str] | None, typer.Option("--shape", help="COUNTxMxN (repeatable); 12x256x1024 and 12x512x512.")
+    ] = None,
+    contenders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contender",
+            metavar="MODULE:FUNCTION",
+            help="Also an optimizer of yours, made of pairs (name, parameter) and a Case (repeatable).",
+        ),
     ] = None,
     compute_dtype: Annotated[
         str, typer.Option(help="Of the orthonormalization: float32 or bfloat16.")
@@ -65,8 +74,8 @@ def bench(
 ) -> None:
     """Time the optimizers of dion_dtensor beside every peer that can be imported, and beside the bare products.
 
-    Peers: microsoft/dion (its package `dion` on PYTHONPATH), torch.optim.Muon, torch.optim.AdamW(fused). Exit status 0
-    if every contender ran.
+    Peers: microsoft/dion (its package `dion` on PYTHONPATH), torch.optim.Muon, torch.optim.AdamW(fused), and what
+    --contender names. Exit status 0 if every contender ran.
     """
     chosen = only or list(ALGORITHMS)
     if unknown := [name for name in chosen if name not in ALGORITHMS]:
@@ -79,7 +88,7 @@ def bench(
     import torch
 
     from conformance.bench import page as pages
-    from conformance.bench.contenders import Case
+    from conformance.bench.contenders import Case, builder_of
     from conformance.bench.growth import RANKS, Line, lines, sent_lines
     from conformance.bench.measure import Entry, measure_all
     from conformance.bench.products import peak
@@ -88,6 +97,14 @@ def bench(
 
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise typer.BadParameter(f"device {device!r} is not here")
+    further = tuple(contenders or ())
+    if further:
+        sys.path.insert(0, os.getcwd())
+    for name in further:
+        try:
+            builder_of(name)
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from error
     if plan and device != "cpu":
         raise typer.BadParameter("--plan times operators on the CPU alone")
     console = Console() if sys.stdout.isatty() else Console(width=150)
@@ -131,7 +148,7 @@ def bench(
             progress.update(task, description=said[:70].ljust(70))
 
         for batch in [cases] if jobs > 1 else [[case] for case in cases]:
-            for found in measure_all(batch, rounds, jobs=jobs, patience=patience, told=tell):
+            for found in measure_all(batch, rounds, jobs=jobs, patience=patience, further=further, told=tell):
                 ours = found[0]
                 if foreseen is not None and not ours.failure and ours.case.algorithm != "muon_torch":
                     tell(f"{ours.case}: planned")
@@ -141,7 +158,7 @@ def bench(
                 save()
         for case in cases if ranks else ():
             if case.algorithm != "adamw":
-                sent += traffic(case, ranks, tell)
+                sent += traffic(case, ranks, tell, further=further)
                 save()
             progress.advance(task)
         if growth:

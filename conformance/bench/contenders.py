@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from conformance.bench.products import bare_products
 
-__all__ = ["ALGORITHMS", "BARE", "OURS", "Case", "available", "stepper"]
+__all__ = ["ALGORITHMS", "BARE", "OURS", "Build", "Case", "available", "builder_of", "stepper"]
 
 OURS = "dion_dtensor"
 UNCHECKED = "dion_dtensor(validate=False)"
@@ -28,6 +28,9 @@ TORCH_ADAMW = "torch.optim.AdamW(fused)"
 BARE = "bare products"
 
 FRACTIONS = {"dion": 0.25, "dion2": 0.25, "dion3": 0.25}
+
+
+Build = Callable[[Sequence[Tensor], "Case"], Callable[[], object]]
 
 
 @dataclass(frozen=True)
@@ -68,8 +71,13 @@ class Case:
         return f"{self.algorithm}{part}, {self.count} x {m}x{n}, {self.compute_dtype}"
 
 
-def available(case: Case) -> tuple[str, ...]:
-    """The contenders that can run ``case`` here, ours first, the bare products last."""
+def available(case: Case, further: Sequence[str] = ()) -> tuple[str, ...]:
+    """The contenders that can run ``case`` here, ours first, the bare products last.
+
+    Args:
+        case: what is stepped.
+        further: ``module:function`` of contenders that are not known here, see :func:`builder_of`.
+    """
     names, graphs = [OURS], case.device == "cuda" and case.algorithm not in ("dion", "adamw")
     if graphs:
         names.append(RECORDED)
@@ -81,7 +89,7 @@ def available(case: Case) -> tuple[str, ...]:
         names.append(TORCH_MUON)
     if case.algorithm == "adamw":
         names.extend((UNCHECKED, TORCH_ADAMW))
-    return (*names, *([BARE] if case.algorithm != "adamw" else []))
+    return (*names, *further, *([BARE] if case.algorithm != "adamw" else []))
 
 
 def stepper(name: str, case: Case) -> Callable[[], object]:
@@ -97,12 +105,41 @@ def stepper(name: str, case: Case) -> Callable[[], object]:
 
     if name == BARE:
         return bare_products(case.algorithm, case.count, case.shape, case.part, case.dtype, case.device)
-    if name not in BUILDERS:
-        raise ValueError(f"contender {name!r} is unknown; choose from {sorted(BUILDERS)}")
+    build = builder_of(name)
     parameters = [torch.nn.Parameter(draw(0.02)) for _ in range(case.count)]
     for parameter in parameters:
         parameter.grad = draw(1.0)
-    return BUILDERS[name](parameters, case)
+    return build(parameters, case)
+
+
+def builder_of(name: str) -> Build:
+    """The function that makes a contender's step from parameters and a case.
+
+    Args:
+        name: of a contender; or ``module:function`` of one that is not known here.  That is called with pairs of name
+            and parameter, whose gradients are there, and the :class:`Case`, and returns an optimizer.
+
+    Raises:
+        ValueError: no such contender, module or function.
+    """
+    module, colon, function = name.partition(":")
+    if not colon:
+        if name not in BUILDERS:
+            raise ValueError(
+                f"contender {name!r} is unknown; choose from {sorted(BUILDERS)}, or give module:function"
+            )
+        return BUILDERS[name]
+    try:
+        made = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"contender {name!r}: {error}") from error
+
+    def build(parameters: Sequence[Tensor], case: Case) -> Callable[[], object]:
+        named = [(f"layers.{index}.weight", parameter) for index, parameter in enumerate(parameters)]
+        step: Callable[[], object] = made(named, case).step
+        return step
+
+    return build
 
 
 def _ours(
@@ -218,7 +255,7 @@ ALGORITHMS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 }
 """How ours is built, by the name of the algorithm; ``muon_torch`` is Muon by torch.optim.Muon's conventions."""
 DION_CLASSES = {"muon": "Muon", "normuon": "NorMuon", "dion": "Dion", "dion2": "Dion2", "dion3": "NorDion2"}
-BUILDERS: dict[str, Callable[[Sequence[Tensor], Case], Callable[[], object]]] = {
+BUILDERS: dict[str, Build] = {
     OURS: _ours,
     UNCHECKED: partial(_ours, validate=False),
     RECORDED: partial(_ours, capture=True),

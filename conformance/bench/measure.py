@@ -114,6 +114,7 @@ def measure_all(
     jobs: int = 1,
     patience: float = LIMIT,
     names: Sequence[str] | None = None,
+    further: Sequence[str] = (),
     memory: bool = True,
     told: Callable[[str], None] = lambda _: None,
 ) -> Iterator[list[Entry]]:
@@ -124,9 +125,10 @@ def measure_all(
         rounds: at least 1.
         jobs: first steps that may run at a time; the others never do.
         patience: seconds for an answer; who takes longer has failed.
+        further: contenders beside those that are here, see :func:`~conformance.bench.contenders.builder_of`.
         names, memory, told: as there.
     """
-    entries = [Entry(case, name) for case in cases for name in names or available(case)]
+    entries = [Entry(case, name) for case in cases for name in names or available(case, further)]
     workers: dict[int, Worker] = {}
     with ExitStack() as stack:
 

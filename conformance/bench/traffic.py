@@ -17,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from conformance import launch
 from conformance.adapters.torch_optimizer import eagerly
-from conformance.bench.contenders import BUILDERS, DION, OURS, TORCH_MUON, Case, available
+from conformance.bench.contenders import DION, OURS, TORCH_MUON, Case, available, builder_of
 from conformance.bench.worker import silence
 
 __all__ = ["Traffic", "traffic"]
@@ -68,10 +68,14 @@ def traffic(
     told: Callable[[str], None] = lambda _: None,
     *,
     names: Sequence[str] = (OURS, DION, TORCH_MUON),
+    further: Sequence[str] = (),
 ) -> Iterator[Traffic]:
-    """Each contender of ``names`` that is here, with every matrix sharded by rows over ``ranks`` gloo ranks."""
-    for name in available(case):
-        if name not in names:
+    """Each contender of ``names`` that is here, with every matrix sharded by rows over ``ranks`` gloo ranks.
+
+    And each of ``further``, see :func:`~conformance.bench.contenders.builder_of`.
+    """
+    for name in available(case, further):
+        if name not in (*names, *further):
             continue
         told(f"{case}: bytes of {name}")
         try:
@@ -98,7 +102,7 @@ def _program(rank: launch.Rank, work: tuple[str, Case]) -> tuple[float, int]:
         parameters = [torch.nn.Parameter(sharded()) for _ in range(case.count)]
         for parameter in parameters:
             parameter.grad = sharded()
-        step = BUILDERS[name](parameters, case)
+        step = builder_of(name)(parameters, case)
         step()
         step()
         with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiled:

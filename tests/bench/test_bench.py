@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -77,6 +78,40 @@ def test_growth_is_drawn_and_written(tmp_path: Path) -> None:
 def test_peers_are_those_that_can_be_imported() -> None:
     assert available(Case("muon_torch", 1, (4, 4))) == (OURS, "torch.optim.Muon", BARE)
     assert available(Case("adamw", 1, (4, 4))) == (OURS, UNCHECKED, "torch.optim.AdamW(fused)")
+
+
+OWN = """
+import torch
+from conformance.bench.contenders import Case
+
+
+def plain(named: list[tuple[str, torch.Tensor]], case: Case) -> torch.optim.Optimizer:
+    assert case.shape == tuple(named[0][1].shape)
+    assert named[1][0] == "layers.1.weight"
+    return torch.optim.SGD([parameter for _, parameter in named], lr=0.1)
+"""
+
+
+def test_an_optimizer_of_ones_own_is_a_contender(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_contender.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    own = "own_contender:plain"
+    arguments = ["--algorithm", "adamw", "--shape", "2x16x8", "--rounds", "1", "--json", "found.json"]
+    result = CliRunner().invoke(app, ["bench", *arguments, "--contender", own])
+    assert result.exit_code == 0, result.output
+    found = json.loads((tmp_path / "found.json").read_text())["steps"]
+    (timed,) = (one for one in found if one["name"] == own)
+    assert timed["median"] > 0
+    (counted,) = traffic(Case("muon", 2, (16, 8)), 2, names=(), further=(own,))
+    assert (counted.name, counted.bytes, counted.failure) == (own, 0, "")
+    for name, message in (
+        ("nowhere_at_all:x", "No module named"),
+        ("own_contender:none", "no attribute 'none'"),
+    ):
+        refused = CliRunner().invoke(app, ["bench", "--contender", name])
+        assert refused.exit_code == 2
+        assert message in " ".join(refused.output.replace("│", " ").split())
 
 
 def test_bytes_are_those_of_the_formula() -> None:
