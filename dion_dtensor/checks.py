@@ -82,7 +82,7 @@ def check_group(group: Mapping[str, Any], foreign: bool = False, wait: bool = Tr
         )
     for name, default in {**rule.defaults, "lr": 0.0, **DECAY}.items():
         value = group[name]
-        if isinstance(default, bool) and not isinstance(value, bool):
+        if isinstance(default, bool) and value not in (True, False):  # 1 and 0 count as they ever did
             raise ValueError(f"{name}={value!r} must be True or False")
         if isinstance(default, float) and not _is_number(value, Real | Tensor):
             raise ValueError(f"{name}={value!r} must be a number")

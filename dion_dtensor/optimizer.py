@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, Unpack, overload
 
@@ -20,7 +20,7 @@ from dion_dtensor.checks import check_group, check_member, check_options, unknow
 from dion_dtensor.common import DECAY, Common
 from dion_dtensor.gradients import checked_gradients
 from dion_dtensor.layout import StorageLayout
-from dion_dtensor.matrices import parse_split
+from dion_dtensor.matrices import Heads, parse_split
 from dion_dtensor.members import Member, form_of
 from dion_dtensor.rules import RULES
 from dion_dtensor.sorting import make_buckets
@@ -88,7 +88,6 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         check_options({**self._bucket_options, **flags, "resync_every": resync_every})
         self._graph_memory: dict[torch.device, Memory] | None = {} if self.capture else None
         self.buckets: list[Bucket] = []
-        self._made: list[Member] = []
         decay = {key: common.get(key, default) for key, default in DECAY.items()}
         defaults = {"lr": lr, **decay}
         super().__init__(params, defaults)
@@ -106,6 +105,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         Raises:
             ValueError: see the class.
         """
+        self._take_over()
         group = dict(param_group)
         name = group.setdefault("algorithm", self.algorithm)
         if name not in RULES:
@@ -116,7 +116,9 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         self.reasons.update(
             group.pop("reasons", {})
         )  # not kept in the group: it would be saved for each parameter
-        group["split"] = None if (split := parse_split(group.get("split"))) is None else str(split)
+        split = parse_split(group.get("split"))
+        # One head is the whole matrix, whose state has no dim of heads on any layout.
+        group["split"] = None if split is None or split == Heads(1) else str(split)
         check_group({**self.defaults, **group})
         super().add_param_group(group)
         try:
@@ -127,8 +129,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
 
     def _add_buckets(self, group: dict[str, Any], position: int) -> None:
         rule = RULES[group["algorithm"]]
-        numbered = [f"group {position} parameter {index}" for index in range(len(group["params"]))]
-        names = group.get("param_names") or numbered
+        names = _names(group, position)
         split = parse_split(group["split"])
         members = []
         for name, parameter in zip(names, group["params"], strict=True):
@@ -139,7 +140,6 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             members.append(member)
         new = make_buckets(rule, group, members, self._bucket_options, self._graph_memory)
         self.buckets.extend(new)
-        self._made.extend(members)
         for member in members:
             self.state[member.parameter] = dict(member.views)
 
@@ -177,24 +177,42 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         return members
 
     def _take_over(self) -> None:
-        """Follow parameters that were all exchanged before the first step, as Accelerate does to shard a model."""
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        made, taken = self._made, set(map(id, parameters))
-        if self._steps or len(made) != len(parameters) or any(id(one.parameter) in taken for one in made):
+        """Follow parameters that were all exchanged before the first step, as Accelerate does to shard a model.
+
+        Their state goes along, by name; that of tensors without data is made anew.
+        """
+        if self._steps or not self.buckets:
             return
-        if any(one.layout.shape != parameter.shape for one, parameter in zip(made, parameters, strict=True)):
+        members = [(one, bucket) for bucket in self.buckets for one in bucket.members]
+        old = {one.name: (one, bucket) for one, bucket in members}
+        now = [
+            (name, parameter, group)
+            for position, group in enumerate(self.param_groups)
+            for name, parameter in zip(_names(group, position), group["params"], strict=False)
+        ]
+        held = {id(one.parameter) for one, _ in members}
+        if sorted(name for name, _, _ in now) != sorted(one.name for one, _ in members) or len(old) != len(
+            now
+        ):
             return
-        before = self.buckets, self.state, made
-        self.buckets, self.state, self._made = [], defaultdict(dict), []
+        for name, parameter, group in now:
+            one, bucket = old[name]
+            alike = one.layout.shape == parameter.shape and bucket.rule.name == group["algorithm"]
+            if id(parameter) in held or parameter.is_meta or not alike:
+                return
+        for name, _, group in now:
+            old[name][1].check(group)
+        adopt([one for one, _ in members], self.state)
+        before = self.buckets, self.state
+        self.buckets, self.state = [], defaultdict(dict)
         try:
             for position, group in enumerate(self.param_groups):
                 self._add_buckets(group, position)
-            if all(
-                one.layout.device.type != "meta" for one in made
-            ):  # a state was loaded, or drawn as it is here
-                load_states(self._made, [one.views for one in made])
+            pairs = [(one, old[one.name][0]) for bucket in self.buckets for one in bucket.members]
+            real = [(new, one.views) for new, one in pairs if one.layout.device.type != "meta"]
+            load_states([new for new, _ in real], [views for _, views in real])
         except Exception:
-            self.buckets, self.state, self._made = before
+            self.buckets, self.state = before
             raise
 
     @overload
@@ -337,7 +355,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         if "_bucket_options" not in state:  # load_state_dict comes by as well
             return
         states = dict(self.state)
-        self.buckets, self._made, self._graph_memory = [], [], {} if self.capture else None
+        self.buckets, self._graph_memory = [], {} if self.capture else None
         for position, group in enumerate(self.param_groups):
             self._add_buckets(group, position)
         members = self.members()
@@ -346,6 +364,12 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         for bucket in self.buckets:
             axes = {axis for member in bucket.members for axis in pending.get(member.parameter, ())}
             bucket.pending = tuple(sorted(axes))
+
+
+def _names(group: Mapping[str, Any], position: int) -> Sequence[str]:
+    return group.get("param_names") or [
+        f"group {position} parameter {index}" for index in range(len(group["params"]))
+    ]
 
 
 def _mesh_of(replicas: DeviceMesh | ProcessGroup | None) -> DeviceMesh | None:

@@ -18,7 +18,7 @@ BAD: list[tuple[type[Any], str, Any, str]] = [
     (Muon, "epsilon", "1e-8", "must be a number"),
     (Muon, "epsilon", math.inf, "must be finite and positive"),
     (Muon, "nesterov", "no", "must be True or False"),
-    (Muon, "cautious", 1, "must be True or False"),
+    (Muon, "cautious", 2, "must be True or False"),
     (Muon, "maximize", None, "must be True or False"),
     (Muon, "compile", "no", "must be True or False"),
     (Muon, "validate", None, "must be True or False"),

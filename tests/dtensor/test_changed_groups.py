@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from dion_dtensor import Muon, audit
+from dion_dtensor import Dion, Muon, audit
 from dion_dtensor.optimizer import OrthonormalOptimizer
 from tests.dtensor.small import Small, optimizer_of, train
 
@@ -42,6 +42,87 @@ def test_what_was_loaded_goes_along_with_exchanged_parameters() -> None:
     assert all(torch.equal(*pair) for pair in zip(train(other, followed, 2, first=2), expected, strict=True))
 
 
+@pytest.mark.parametrize("order", ["groups", "parameters"])
+def test_the_state_of_exchanged_parameters_goes_by_name(order: str) -> None:
+    source = torch.Generator().manual_seed(0)
+    drawn = {name: torch.randn(4, 3, generator=source) for name in ("one", "two")}
+
+    def made(algorithm: str = "dion") -> OrthonormalOptimizer:
+        groups = [
+            {"params": [(name, nn.Parameter(drawn[name].clone()))], "algorithm": algorithm} for name in drawn
+        ]
+        if order == "parameters":
+            groups = [{"params": [pair for group in groups for pair in group["params"]]}]
+        return Dion(groups, compile=False)
+
+    def step(optimizer: OrthonormalOptimizer) -> dict[str, torch.Tensor]:
+        named = {
+            name: p
+            for group in optimizer.param_groups
+            for name, p in zip(group["param_names"], group["params"], strict=True)
+        }
+        for name, p in named.items():
+            p.grad = drawn[name] ** 2
+        optimizer.step()
+        return {name: p.detach() for name, p in named.items()}
+
+    trained = made()
+    after = step(trained)
+    optimizer = made()
+    optimizer.load_state_dict(copy.deepcopy(trained.state_dict()))
+    optimizer.param_groups.reverse()
+    for group in optimizer.param_groups:
+        group["param_names"] = group["param_names"][::-1]
+        group["params"] = [nn.Parameter(after[name].clone()) for name in group["param_names"]]
+    found, expected = step(optimizer), step(trained)
+    assert all(torch.equal(found[name], expected[name]) for name in drawn)
+
+
+def test_a_group_may_be_added_between_the_exchange_and_the_first_step() -> None:
+    first = [[nn.Parameter(torch.ones(4, 3))] for _ in range(2)]
+    optimizer = Muon([{"params": one} for one in first], compile=False)
+    loaded = torch.full((4, 3), 2.0)
+    optimizer.state[first[0][0]]["momentum"] = loaded
+    copied = copy.deepcopy(optimizer)
+    for one in (optimizer, copied):
+        for group in one.param_groups:
+            group["params"] = [nn.Parameter(torch.ones(4, 3))]
+        one.add_param_group({"params": [nn.Parameter(torch.ones(2, 3))]})
+        assert [len(bucket.members) for bucket in one.buckets] == [1, 1, 1]
+        names = [member.name for bucket in one.buckets for member in bucket.members]
+        assert names == [f"group {index} parameter 0" for index in range(3)]
+        assert torch.equal(one.state[one.param_groups[0]["params"][0]]["momentum"], loaded)
+        one.step()
+
+
+def test_parameters_without_data_are_exchanged_for_some_with() -> None:
+    weights = [nn.Parameter(torch.ones(4, 3, device=one)) for one in ("meta", "cpu")]
+    optimizer = Muon([{"params": [one]} for one in weights], compile=False)
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(4, 3, device="meta"))]
+    with pytest.raises(RuntimeError, match="is not the one"):
+        optimizer.members()
+    optimizer.state[weights[1]]["momentum"].fill_(3.0)
+    for group in optimizer.param_groups:
+        group["params"] = [nn.Parameter(torch.ones(4, 3))]
+    optimizer.members()
+    momenta = [optimizer.state[group["params"][0]]["momentum"] for group in optimizer.param_groups]
+    assert [float(momentum.mean()) for momentum in momenta] == [0.0, 3.0]
+
+
+def test_hyperparameters_that_change_with_the_exchange_are_refused_as_ever() -> None:
+    model, other = Small(), Small()
+    optimizer = optimizer_of(model, "dion")
+    exchanged(optimizer, other)
+    optimizer.param_groups[0]["rank_fraction"] = 0.25
+    with pytest.raises(RuntimeError, match="its state was made with .*make the optimizer anew"):
+        train(other, optimizer, 1)
+
+
+def test_one_head_is_the_whole_matrix() -> None:
+    optimizer = Dion([{"params": [nn.Parameter(torch.ones(4, 3))], "split": "heads(1)"}], compile=False)
+    assert optimizer.param_groups[0]["split"] is None
+
+
 @pytest.mark.parametrize("what", ["after a step", "some alone", "of another shape", "fewer"])
 def test_other_exchanges_are_refused(what: str) -> None:
     model, other = Small(), Small()
@@ -66,6 +147,9 @@ def test_an_exchange_that_is_refused_leaves_the_optimizer_as_it_was() -> None:
     exchanged(optimizer, Small(torch.complex64))
     with pytest.raises(ValueError, match=r"up\.weight.*complex64"):
         optimizer.step()
+    followed = Small()
+    exchanged(optimizer, followed)
+    optimizer.members()
     for group, params in zip(optimizer.param_groups, own, strict=True):
         group["params"] = params
     other = Small()
