@@ -98,7 +98,8 @@ def test_a_group_may_be_added_between_the_exchange_and_the_first_step() -> None:
 def test_parameters_without_data_are_exchanged_for_some_with() -> None:
     weights = [nn.Parameter(torch.ones(4, 3, device=one)) for one in ("meta", "cpu")]
     optimizer = Muon([{"params": [one]} for one in weights], compile=False)
-    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.ones(4, 3, device="meta"))]
+    for group in optimizer.param_groups:
+        group["params"] = [nn.Parameter(torch.ones(4, 3, device="meta"))]
     with pytest.raises(RuntimeError, match="is not the one"):
         optimizer.members()
     optimizer.state[weights[1]]["momentum"].fill_(3.0)
@@ -114,7 +115,7 @@ def test_hyperparameters_that_change_with_the_exchange_are_refused_as_ever() -> 
     optimizer = optimizer_of(model, "dion")
     exchanged(optimizer, other)
     optimizer.param_groups[0]["rank_fraction"] = 0.25
-    with pytest.raises(RuntimeError, match="its state was made with .*make the optimizer anew"):
+    with pytest.raises(RuntimeError, match=r"its state was made with .*make the optimizer anew"):
         train(other, optimizer, 1)
 
 
@@ -123,7 +124,7 @@ def test_one_head_is_the_whole_matrix() -> None:
     assert optimizer.param_groups[0]["split"] is None
 
 
-@pytest.mark.parametrize("what", ["after a step", "some alone", "of another shape", "fewer"])
+@pytest.mark.parametrize("what", ["after a step", "some alone", "of another shape", "fewer", "another rule"])
 def test_other_exchanges_are_refused(what: str) -> None:
     model, other = Small(), Small()
     optimizer = optimizer_of(model)
@@ -134,6 +135,8 @@ def test_other_exchanges_are_refused(what: str) -> None:
         optimizer.param_groups[0]["params"][0] = model.up.weight
     elif what == "of another shape":
         optimizer.param_groups[0]["params"][0] = nn.Parameter(torch.ones(3, 5))
+    elif what == "another rule":
+        optimizer.param_groups[0]["algorithm"] = "normuon"
     elif what == "fewer":
         optimizer.param_groups[0]["params"].pop()
     with pytest.raises(RuntimeError, match="is not the one that the optimizer was made with"):
