@@ -65,6 +65,29 @@ def test_state_of_another_algorithm_is_refused() -> None:
     assert torch.equal(half.state_dict()["state"][0]["Q"], before["state"][0]["Q"])
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lr", -1.0, "lr=-1.0 must be finite and not negative"),
+        (
+            "algorithm",
+            "lion",
+            r"embedding\.weight .*follows 'adamw' here; in the loaded group it follows 'lion'",
+        ),
+        ("split", "heads(2)", r"embedding\.weight .*is split as None here; .* is split as 'heads\(2\)'"),
+    ],
+)
+def test_what_a_loaded_group_has_wrong_is_said_of_its_own_parameter(
+    key: str, value: Any, message: str
+) -> None:
+    model = Small()
+    optimizer = optimizer_of(model)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["param_groups"][1][key] = value
+    with pytest.raises(ValueError, match=message):
+        optimizer.load_state_dict(saved)
+
+
 def test_state_exists_from_construction_on() -> None:
     model = Small()
     for parameter in model.parameters():
