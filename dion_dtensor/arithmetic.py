@@ -60,8 +60,7 @@ def _whole_float32() -> Iterator[None]:
         if older is not None:
             torch.set_float32_matmul_precision(older)
         for place, value in zip(places, before, strict=True):
-            place.fp32_precision = (
-                "none"  # as that of all backends says, if that was where the value came from
-            )
+            # As that of all backends says, if that was where the value came from.
+            place.fp32_precision = "none"
             if place.fp32_precision != value:
                 place.fp32_precision = value

@@ -211,7 +211,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             pairs = [(one, old[one.name][0]) for bucket in self.buckets for one in bucket.members]
             real = [(new, one.views) for new, one in pairs if one.layout.device.type != "meta"]
             load_states([new for new, _ in real], [views for _, views in real])
-        except Exception:
+        except Exception:  # whatever it is, it is raised again with all as it was
             self.buckets, self.state = before
             raise
 

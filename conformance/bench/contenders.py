@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from conformance.bench.products import bare_products
+from conformance.named import named_function
 
 __all__ = ["ALGORITHMS", "BARE", "OURS", "Build", "Case", "available", "builder_of", "stepper"]
 
@@ -122,17 +123,13 @@ def builder_of(name: str) -> Build:
     Raises:
         ValueError: no such contender, module or function.
     """
-    module, colon, function = name.partition(":")
-    if not colon:
+    if ":" not in name:
         if name not in BUILDERS:
             raise ValueError(
                 f"contender {name!r} is unknown; choose from {sorted(BUILDERS)}, or give module:function"
             )
         return BUILDERS[name]
-    try:
-        made = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"contender {name!r}: {error}") from error
+    made = named_function("contender", name)
 
     def build(parameters: Sequence[Tensor], case: Case) -> Callable[[], object]:
         named = [(f"layers.{index}.weight", parameter) for index, parameter in enumerate(parameters)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping
@@ -12,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from conformance.named import named_function
 
 __all__ = ["PRESETS", "Model", "Weight", "from_config", "from_hugging_face", "from_module", "model_of"]
 
@@ -124,11 +125,7 @@ def model_of(text: str) -> Model:
             raise ValueError(f"model {text!r} cannot be read: {error}") from error
         return from_hugging_face(config) if "model_type" in config else from_config(Path(text).stem, config)
     if ":" in text:
-        module, _, function = text.partition(":")
-        try:
-            build = getattr(importlib.import_module(module), function)
-        except (ImportError, AttributeError) as error:
-            raise ValueError(f"model {text!r}: {error}") from error
+        build = named_function("model", text)
         with torch.device("meta"):
             return from_module(text, build())
     raise ValueError(

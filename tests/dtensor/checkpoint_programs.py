@@ -151,7 +151,7 @@ def saved_while_training(path: str) -> bool:
     )
     for step in range(2, 6):
         _step(model, optimizer, step)
-    pending.result()  # type: ignore[union-attr]
+    pending.result()  # type: ignore[union-attr]  # two futures come of an asynchronous stager alone
     again = Weights().laid("8 S0")
     other = _optimizer("muon", again)
     saved = _saved(again, other)
