@@ -49,7 +49,7 @@ def steps(printed: str) -> list[str]:
 
 
 def test_every_script_is_run_here() -> None:
-    assert set(SCRIPTS) == {"train_fsdp.py", "train_ddp.py", "train_hf.py", "train_hf_fsdp.py"}
+    assert set(SCRIPTS) == {"train_fsdp.py", "train_ddp.py", "train_hf.py", "train_hf_fsdp.py", "titan.py"}
     assert len(SAMPLES) > 5
 
 
@@ -94,6 +94,53 @@ def test_hugging_face_trainer_that_makes_the_optimizer(tmp_path: Path) -> None:
         script.replace(given, "MuonTrainer(model, options, train_dataset=data)")
     )
     assert "resumed" in run(tmp_path, "train.py")
+
+
+# Of torchtitan, whose dependencies are many, what the script uses.
+TITAN = """
+import sys, types
+from dataclasses import dataclass
+
+import torch
+
+class OptimizersContainer(torch.optim.Optimizer):
+    @dataclass(kw_only=True, slots=True)
+    class Config:
+        implementation: str = "fused"
+
+    def _validate_params(self, params):
+        expected = {id(p) for part in self.model_parts for p in part.parameters() if p.requires_grad}
+        assert expected == {id(p) for p in params}
+
+    def _post_init(self, params):
+        torch.optim.Optimizer.__init__(self, params, {})
+
+for name in ("torchtitan", "torchtitan.components", "torchtitan.components.optimizer"):
+    sys.modules[name] = types.ModuleType(name)
+sys.modules[name].OptimizersContainer = OptimizersContainer
+"""
+TITAN_STEP = """
+layers = {"embedding": torch.nn.Embedding(9, 4), "up": torch.nn.Linear(4, 8), "norm": torch.nn.LayerNorm(8)}
+parts = [torch.nn.ModuleDict(layers), torch.nn.ModuleDict({"down": torch.nn.Linear(8, 4), "norm": torch.nn.LayerNorm(4)})]
+container = Optimizers(Optimizers.Config(compile=False), model_parts=parts)
+for part, optimizer in zip(parts, container.optimizers, strict=True):
+    for p in part.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    names = [name for group in optimizer.param_groups for name in group["param_names"]]
+    assert sorted(names) == sorted(name for name, _ in part.named_parameters())
+    assert set(optimizer.state_dict()["state"]) == set(range(len(names)))
+print("stepped", sum(map(len, container.optimizers[0].state.values())))
+"""
+
+
+def test_torchtitan_container(tmp_path: Path) -> None:
+    (tmp_path / "titan.py").write_text(f"{TITAN}\n{SCRIPTS['titan.py']}\n{TITAN_STEP}")
+    printed = run(tmp_path, "titan.py")
+    assert re.search(r"up\.weight +muon", printed)
+    assert re.search(r"embedding\.weight +adamw", printed)
+    assert re.search(r"down\.weight +muon", printed)
+    assert "stepped 13" in printed  # momentum of one matrix, and step and two moments of four others
 
 
 SCALES = re.findall(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from conformance.process_groups import shared_mesh
@@ -21,7 +21,19 @@ WRAPPED = {
     "hsdp": ((2, 2), ("replicate", "shard")),
     "tp": ((2, 2), ("fsdp", "tp")),
     "fsdp+tp": ((2, 2), ("fsdp", "tp")),
+    "one mesh": ((2, 2), ("fsdp", "tp")),
+    "two axes as one": ((2, 2), ("fsdp", "tp")),
+    "a mesh for each": ((4,), ("shard",)),
 }
+WRAPPED_LAYOUTS = {
+    "fsdp+tp": "on fsdp(2)=_S(0, 2), tp(2)=S(0)",
+    "one mesh": "on fsdp(2)=_S(0, 2), tp(2)=S(0)",
+    "two axes as one": "on fsdp_tp(4)=S(0)",
+    "a mesh for each": "on replicate(2)=R, shard(2)=S(0)",
+}
+"""What the audit says of a matrix there."""
+NEWER = {"one mesh", "two axes as one", "a mesh for each"}
+"""Ways of FSDP2 that torch 2.11 does not have."""
 
 
 class Block(nn.Module):
@@ -52,6 +64,10 @@ def wrapped_training(kind: str, algorithm: str, compiled: bool) -> tuple[dict[st
         parallelize_module(model, mesh["tp"], plan)
         if kind == "fsdp+tp":
             fully_shard(model, mesh=mesh["fsdp"])
+    elif kind == "a mesh for each":
+        _shard_on_two_meshes(model)
+    elif kind != "plain":
+        _shard_on_the_whole_mesh(model, kind == "two axes as one")
     optimizer_type = Dion if algorithm == "dion" else Muon
     groups = param_groups(model, algorithm=algorithm, lr=0.05)
     # Seven tokens give gradients of rank seven at most; r = 5 stays clear of columns that are nearly dependent,
@@ -61,13 +77,49 @@ def wrapped_training(kind: str, algorithm: str, compiled: bool) -> tuple[dict[st
     generator = torch.Generator().manual_seed(1)
     for _ in range(3):
         optimizer.zero_grad()
-        model(torch.randint(0, 7, (4, 5), generator=generator)).square().sum().backward()
+        tokens = torch.randint(0, 7, (4, 5), generator=generator)
+        if kind in ("one mesh", "two axes as one"):
+            tokens = distribute_tensor(tokens, shared_mesh(*WRAPPED[kind]))
+        model(tokens).square().sum().backward()
         optimizer.step()
     weights = {
         name: (p.full_tensor() if isinstance(p, DTensor) else p).detach().clone()
         for name, p in model.named_parameters()
     }
     return weights, str(audit(optimizer))
+
+
+def _shard_on_two_meshes(model: Block) -> None:
+    """Of FSDP2 over four ranks, the matrices over pairs of them."""
+    from torch.distributed.fsdp._fully_shard._fsdp_common import (
+        FSDPMeshInfo,
+        HSDPMeshInfo,
+        ShardPlacementResult,
+    )
+
+    mesh, pairs = shared_mesh(*WRAPPED["fsdp"]), shared_mesh(*WRAPPED["hsdp"])
+    halves = HSDPMeshInfo(pairs, shard_mesh_dim=1, replicate_mesh_dim=0)
+
+    def place(parameter: nn.Parameter) -> ShardPlacementResult:
+        every = FSDPMeshInfo(mesh, shard_mesh_dim=0)
+        return ShardPlacementResult(Shard(0), halves if parameter.ndim == 2 else every)
+
+    fully_shard(model, mesh=mesh, shard_placement_fn=place)
+
+
+def _shard_on_the_whole_mesh(model: Block, as_one: bool) -> None:
+    """DTensors of one mesh, some of whose axes FSDP2 is told to shard over: the first, or both ``as_one``."""
+    from torch.distributed.fsdp import DataParallelMeshDims  # torch 2.11 has none
+
+    mesh = shared_mesh(*WRAPPED["one mesh"])
+    dims = {} if as_one else {"up.weight": 0, "up.bias": 0, "down.weight": 1}
+    for name, parameter in list(model.named_parameters()):
+        tensor = Shard(dims[name]) if name in dims else Replicate()
+        owner, _, own = name.rpartition(".")
+        laid = distribute_tensor(parameter.detach(), mesh, [Replicate(), tensor])
+        setattr(model.get_submodule(owner), own, nn.Parameter(laid))
+    shard = ("fsdp", "tp") if as_one else ("fsdp",)
+    fully_shard(model, mesh=mesh, dp_mesh_dims=DataParallelMeshDims(shard=shard))
 
 
 def rows_mistaken(place: str, sizes: list[int], wrapped: bool) -> list[int] | None:
