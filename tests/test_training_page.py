@@ -121,7 +121,8 @@ sys.modules[name].OptimizersContainer = OptimizersContainer
 """
 TITAN_STEP = """
 layers = {"embedding": torch.nn.Embedding(9, 4), "up": torch.nn.Linear(4, 8), "norm": torch.nn.LayerNorm(8)}
-parts = [torch.nn.ModuleDict(layers), torch.nn.ModuleDict({"down": torch.nn.Linear(8, 4), "norm": torch.nn.LayerNorm(4)})]
+last = {"down": torch.nn.Linear(8, 4), "norm": torch.nn.LayerNorm(4)}
+parts = [torch.nn.ModuleDict(layers), torch.nn.ModuleDict(last)]
 container = Optimizers(Optimizers.Config(compile=False), model_parts=parts)
 for part, optimizer in zip(parts, container.optimizers, strict=True):
     for p in part.parameters():
