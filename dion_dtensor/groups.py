@@ -23,16 +23,17 @@ from dion_dtensor.matrices import (
 )
 from dion_dtensor.optimizer import OrthonormalOptimizer
 from dion_dtensor.roles import (
+    BY_HEADS,
     CONVOLUTION,
     CONVOLUTION_IN_BY_OUT,
     CUT_AS_ASKED,
     EMPTY,
     EXPECTED,
     EXPERTS_IN_BY_OUT,
-    FUSED,
     IN_BY_OUT,
     INTERLEAVED,
     NO_STACK,
+    may_hold_several,
     plain_names,
     roles,
 )
@@ -55,22 +56,30 @@ def param_groups(
 ) -> list[dict[str, Any]]:
     """Sort a model's parameters: matrices to ``algorithm``, everything else to ``scalar``.
 
-    To ``scalar`` go embeddings and whatever is tied to one, output heads, 0-D and 1-D parameters, and whatever
-    ``exclude`` matches.  A head is what a model's own ``get_output_embeddings()`` gives (Hugging Face), a Linear whose
-    name ends in "head" or "classifier" or is one of a few others ("qa_outputs", "cls_score", ...), or the last Linear
-    of a module called so, or "output", "classifier", "heads", "fc" or "score" at the top of the model (also as
-    ``model``, ``net``, ``network`` or ``module`` of another), or a Linear there called "decoder", "generator",
-    "logits", "output_layer", "output_projection", "readout", "to_logits" or "unembed"; where none is found, the one
-    Linear that takes the rows of the largest embedding and has an output for each of them.  Look at :func:`audit`.
-    A convolution's weight is one matrix (``split="flatten"``; a transposed one's with ``weight_storage="in_out"``,
-    since its rows are inputs), the weight of a Hugging Face ``Conv1D`` the transpose of what is stored
-    (``split="columns(out)"``), any other 3-D weight a stack of experts (``split="experts"``) unless one of its dims is
-    one, as of class tokens and layer scales; a 2-D one with such a dim is no matrix unless it is a layer's weight.
-    Experts stored as ``[E, in, out]`` (gpt-oss, Llama 4) are told by a ``gate_up_proj`` beside a ``down_proj``, or by
-    an attribute ``is_transposed`` of their module, and step as their transposes.  Parameters that a module holds itself
-    and whose names speak of positions, tokens, embeddings, latents, pointers or prompts count as embeddings; ``*bias``
-    and ``*_log`` of two dims or more go to ``scalar`` too.  Works on plain, FSDP2- and TP-wrapped models, on Hugging
-    Face's and torchvision's.
+    Each parameter by the first of these that fits it; :func:`audit` prints which did:
+
+    - What ``exclude`` matches goes to ``scalar``.
+    - Embeddings and whatever is tied to one go to ``scalar``.  So do parameters that a module holds itself and whose
+      names speak of positions, tokens, embeddings, latents, pointers, prompts, queries or frequencies, and those of two
+      dims or more that are called biases, scales, gains, alpha, beta, gamma, ``*_log`` or ``D``.
+    - Output heads go to ``scalar``: what a model's own ``get_output_embeddings()`` gives (Hugging Face); a Linear whose
+      name ends in "head" or "classifier" or is one of a few others ("qa_outputs", "cls_score", ...); the last Linear
+      of a module called so, or "output", "classifier", "heads", "fc" or "score" at the top of the model (also as
+      ``model``, ``net``, ``network`` or ``module`` of another); a Linear there called "decoder", "generator",
+      "logits", "output_layer", "output_projection", "readout", "to_logits" or "unembed"; where none is found, the one
+      Linear that takes the rows of the largest embedding and has an output for each of them.  A convolution of kernel
+      size one counts as a Linear here.
+    - A convolution's weight is one matrix (``split="flatten"``; a transposed one's with ``weight_storage="in_out"``,
+      since its rows are inputs).  A depthwise one's is a vector for each channel and goes to ``scalar``.
+    - The weight of a Hugging Face ``Conv1D`` is the transpose of what is stored (``split="columns(out)"``), and so are
+      experts stored as ``[E, in, out]`` (gpt-oss, Llama 4), told by a ``gate_up_proj`` beside a ``down_proj``, or by an
+      attribute ``is_transposed`` of their module.
+    - A 3-D weight ``[h * k, h, k]`` is one matrix whose columns are those of heads (XLNet); any other is a stack of
+      experts (``split="experts"``), unless one of its dims is one, as of class tokens.
+    - 0-D and 1-D parameters go to ``scalar``, and 2-D ones with a dim of one that are no layer's weight.
+
+    ``split`` and ``heads`` cut what they match of the matrices, convolutions (depthwise ones too) and stacks.  Works on
+    plain, FSDP2- and TP-wrapped models, on Hugging Face's, torchvision's, timm's and torchtitan's.
 
     Args:
         model: its trainable parameters are each claimed exactly once.
@@ -139,7 +148,7 @@ def param_groups(
             why = EMPTY
         elif why is None and parameter.ndim > 2 and 1 in parameter.shape[:1] + parameter.shape[-2:]:
             why = NO_STACK
-        elif why in (CONVOLUTION, CONVOLUTION_IN_BY_OUT) or (why is None and parameter.ndim > 3):
+        elif why in (CONVOLUTION, CONVOLUTION_IN_BY_OUT, BY_HEADS) or (why is None and parameter.ndim > 3):
             cut = str(Flatten())
         elif why is None and parameter.ndim == 3:
             cut, why = str(Experts()), "3-D, a stack of matrices"
@@ -157,7 +166,7 @@ def param_groups(
                     rate.clone() if isinstance(rate, Tensor) else rate
                 )  # a schedule writes into it
         groups[key]["params"].append((name, parameter))
-        may_be_several = not RULES[rule].elementwise and not matching and FUSED.search(name) is not None
+        may_be_several = not RULES[rule].elementwise and not matching and may_hold_several(name)
         groups[key]["reasons"][name] = (why or "matrix") + (
             "; of several? see split" if may_be_several else ""
         )

@@ -10,16 +10,17 @@ from torch import Tensor, nn
 from dion_dtensor.state import WRAPPER_PREFIXES, without_wrappers
 
 __all__ = [
+    "BY_HEADS",
     "CONVOLUTION",
     "CONVOLUTION_IN_BY_OUT",
     "CUT_AS_ASKED",
     "EMPTY",
     "EXPECTED",
     "EXPERTS_IN_BY_OUT",
-    "FUSED",
     "INTERLEAVED",
     "IN_BY_OUT",
     "NO_STACK",
+    "may_hold_several",
     "plain_names",
     "roles",
 ]
@@ -46,27 +47,52 @@ LAYERS = re.compile(
 HELD = ("model", "net", "network", "module")
 # Parameters that a module holds itself: a table of positions, a class token, learned queries.
 TABLE = re.compile(
-    r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings|latent|latents|pointer|prompt|prompts)(_|$)"
+    r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings|latent|latents|pointer|prompt|prompts|queries|freqs)(_|$)"
 )
 # Of a weight that often holds several matrices.
 FUSED = re.compile(
-    r"(^|[._])(in_proj_weight|c_attn|w?qkv|qkv_proj|query_key_value|gate_up(_proj)?|fc1_gate)(\.|_|$)", re.I
+    r"(^|[._])(in_proj_weight|c_attn|w?qkv|qkv_proj|query_key_value|gate_up(_proj)?|fc1_gate|weight_[ih]h)(\.|_|$)",
+    re.I,
 )
-# Biases of experts and of attention, decay rates of state-space models.
-NO_MATRIX = re.compile(r"(^|_)(bias|biases|log)(_[uv])?$")
+# Of one that is alone in a module called so, as torchtitan's qkv_linear.wq.
+ALONE = re.compile(r"\.(w?[qkv](_proj)?|query|key|value)\.weight$")
+# Biases of experts (also with their dims behind, as in torchtitan) and of attention, scales of norms by head, decay
+# rates and skips of state-space models.
+NO_MATRIX = re.compile(r"(^|_)((bias|biases)(_\w+)?|scale|scales|gain|alpha|beta|gamma|log)$|^D$")
 HEAD, HEAD_BY_SHAPE = "output head", "output head, by its shape"
 CONVOLUTION, CONVOLUTION_IN_BY_OUT = "convolution", "transposed convolution"
+DEPTHWISE = "depthwise convolution, a vector for each channel"
+BY_HEADS = "3-D, a matrix whose columns are those of heads"
 IN_BY_OUT, EXPERTS_IN_BY_OUT = "stored as [in, out]", "experts stored as [in, out]"
 INTERLEAVED = "experts stored as [in, out], gate and up interleaved"
 NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
 MAGNITUDES, EMPTY, VECTOR = "magnitudes of a weight norm", "empty", "no matrix, by its shape"
-CUT_AS_ASKED = (CONVOLUTION, CONVOLUTION_IN_BY_OUT, IN_BY_OUT, EXPERTS_IN_BY_OUT, INTERLEAVED)
-EXPECTED = ("embedding", HEAD, HEAD_BY_SHAPE, "excluded", NO_STACK, BY_NAME, VECTOR, MAGNITUDES, EMPTY)
+CUT_AS_ASKED = (
+    CONVOLUTION,
+    CONVOLUTION_IN_BY_OUT,
+    DEPTHWISE,
+    BY_HEADS,
+    IN_BY_OUT,
+    EXPERTS_IN_BY_OUT,
+    INTERLEAVED,
+)
+EXPECTED = (
+    DEPTHWISE,
+    "embedding",
+    HEAD,
+    HEAD_BY_SHAPE,
+    "excluded",
+    NO_STACK,
+    BY_NAME,
+    VECTOR,
+    MAGNITUDES,
+    EMPTY,
+)
 
 
 def roles(model: nn.Module) -> dict[int, str]:
     """What a parameter is, by its id, where its module says so; embeddings last, since a tied head is one."""
-    found = {}
+    found: dict[int, str] = {}
     modules = dict(model.named_modules())
     names = without_wrappers([f"{name}." if name else "" for name in modules])
     given = [layer for module in modules.values() if (layer := _output_layer(module)) is not None]
@@ -75,16 +101,18 @@ def roles(model: nn.Module) -> dict[int, str]:
         on_top = last in TOP_HEADS and all(part in HELD for part in above)
         if isinstance(module, nn.modules.conv._ConvNd):
             kind = CONVOLUTION_IN_BY_OUT if module.transposed else CONVOLUTION
-            found.update({id(weight): kind for weight in _weights(module)})
-        elif _is_conv1d(module):
+            alone = module.groups > 1 and module.groups == module.in_channels
+            for weight in _weights(module):
+                found.setdefault(id(weight), DEPTHWISE if alone else kind)  # unless a head ends with it
+        if _is_conv1d(module):
             found.update({id(weight): IN_BY_OUT for weight in _weights(module)})
-        elif isinstance(module, nn.Linear):
+        elif _is_linear(module):
             at_top = last in TOP_LAYERS and all(part in HELD for part in above)
             if LAYERS.search(last) or last in HEADS or on_top or at_top:
                 found.update({id(weight): HEAD for weight in _weights(module)})
         elif on_top or (last in HEADS and (not given or isinstance(module, nn.Sequential))):
             # Where a model names its output itself, other modules called so may be hidden (poolers, transforms).
-            layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+            layers = [layer for layer in module.modules() if _is_linear(layer)]
             if layers:  # of a classifier of several layers, the last
                 found.update({id(weight): HEAD for weight in _weights(layers[-1])})
     for layer in given:
@@ -95,6 +123,8 @@ def roles(model: nn.Module) -> dict[int, str]:
         for name, parameter in module.named_parameters(recurse=False):
             if (own := _own(module, name, parameter)) is not None:
                 found[id(parameter)] = own
+            elif parameter.ndim == 3 and parameter.shape[0] == parameter.shape[1] * parameter.shape[2]:
+                found.setdefault(id(parameter), BY_HEADS)  # [width, heads, width of a head], as of XLNet
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):  # a parametrization holds the weight of some
             found.update({id(parameter): "embedding" for parameter in module.parameters()})
         elif _is_embedding(module):
@@ -141,6 +171,11 @@ def _own(module: nn.Module, name: str, parameter: Tensor) -> str | None:
     return None
 
 
+def may_hold_several(name: str) -> bool:
+    """Whether a weight's name speaks of several matrices."""
+    return FUSED.search(name) is not None and ALONE.search(name) is None
+
+
 def plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters by the names that they have without wrappers."""
     named = dict(model.named_parameters())
@@ -167,6 +202,13 @@ def _output_layer(module: nn.Module) -> nn.Module | None:
     except (AttributeError, NotImplementedError):
         return None
     return layer if isinstance(layer, nn.Module) else None
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it is a Linear, or a convolution that is one at each place."""
+    if isinstance(module, nn.modules.conv._ConvNd):
+        return set(module.kernel_size) == {1} and module.groups == 1 and not module.transposed
+    return isinstance(module, nn.Linear)
 
 
 def _is_embedding(module: nn.Module) -> bool:

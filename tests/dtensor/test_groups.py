@@ -206,6 +206,10 @@ class Tables(nn.Module):
         self.pos_embedding = nn.Parameter(torch.ones(1, 5, 8))
         self.relative_position_bias_table = nn.Parameter(torch.ones(9, 3))
         self.layer_scale = nn.Parameter(torch.ones(8, 1, 1))
+        self.layer_weight = nn.Parameter(torch.ones(8, 1, 1))
+        self.norm_scale = nn.Parameter(torch.ones(4, 8))
+        self.D = nn.Parameter(torch.ones(2, 8))
+        self.learned_queries = nn.Parameter(torch.ones(5, 8))
         self.down_proj_bias = nn.Parameter(torch.ones(4, 8))
         self.A_log = nn.Parameter(torch.ones(8, 4))
         self.tokenizer = nn.Linear(8, 8, bias=False)
@@ -218,7 +222,11 @@ def test_tables_and_scales_are_no_matrices() -> None:
         "class_token": ("adamw", "embedding"),
         "pos_embedding": ("adamw", "embedding"),
         "relative_position_bias_table": ("adamw", "embedding"),
-        "layer_scale": ("adamw", "no stack of matrices"),
+        "layer_scale": ("adamw", "no matrix, by its name"),
+        "layer_weight": ("adamw", "no stack of matrices"),
+        "norm_scale": ("adamw", "no matrix, by its name"),
+        "D": ("adamw", "no matrix, by its name"),
+        "learned_queries": ("adamw", "embedding"),
         "down_proj_bias": ("adamw", "no matrix, by its name"),
         "A_log": ("adamw", "no matrix, by its name"),
         "tokenizer.weight": ("muon", "matrix"),
@@ -268,7 +276,8 @@ def test_torchvision_models_are_claimed_whole(make_model: str) -> None:
     by_rule = {name: (group["algorithm"], group["split"]) for group in groups for name, _ in group["params"]}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            assert by_rule[f"{name}.weight"] == ("muon", "flatten")
+            depthwise = module.groups > 1
+            assert by_rule[f"{name}.weight"] == (("adamw", None) if depthwise else ("muon", "flatten"))
     head = {
         "vit_b_16": "heads.head.weight",
         "resnet18": "fc.weight",

@@ -68,7 +68,30 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
         {**SIZES, "image_size": 32, "patch_size": 8},
         {"vit.embeddings.cls_token": "embedding", "vit.embeddings.position_embeddings": "embedding"},
     ),
-    "MambaForCausalLM": ("MambaConfig", SIZES, {"backbone.layers.0.mixer.A_log": "no matrix, by its name"}),
+    "MambaForCausalLM": (
+        "MambaConfig",
+        SIZES,
+        {
+            "backbone.layers.0.mixer.A_log": "no matrix, by its name",
+            "backbone.layers.0.mixer.conv1d.weight": "depthwise convolution, a vector for each channel",
+        },
+    ),
+    "ZambaForCausalLM": (
+        "ZambaConfig",
+        {**SIZES, "num_hidden_layers": 10, "mamba_dt_rank": 4, "n_mamba_heads": 2},
+        {
+            "model.layers.0.mamba.D": "no matrix, by its name",
+            "model.layers.0.mamba.x_proj_weight": "2 of 36x64",
+        },
+    ),
+    "XLNetLMHeadModel": (
+        "XLNetConfig",
+        {"d_model": 64, "n_layer": 2, "n_head": 4, "d_inner": 96, "vocab_size": 100},
+        {
+            "transformer.layer.0.rel_attn.q": "1 of 64x64",
+            "transformer.layer.0.rel_attn.r_w_bias": "no matrix, by its name",
+        },
+    ),
 }
 
 

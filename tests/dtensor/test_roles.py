@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import nn
 
 from dion_dtensor import param_groups
@@ -59,3 +60,81 @@ def test_what_may_hold_several_matrices_says_so() -> None:
     assert reasons["attention.in_proj_weight"] == reasons["qkv.weight"] == asked
     assert reasons["up.weight"] == "matrix"
     assert reasons_of(model, split={"qkv": (8, 8, 8)})["qkv.weight"] == "2-D, rows(8, 8, 8)"
+
+
+class Experts(nn.Module):
+    """As torchtitan's gpt-oss has them: the letters of their dims in the names, and biases [experts, outputs]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp1_weight_EGD = nn.Parameter(torch.ones(4, 12, 8))
+        self.mlp1_bias_EG = nn.Parameter(torch.ones(4, 12))
+        self.bias_hidden = nn.Parameter(torch.ones(4, 8))
+
+
+def test_biases_of_experts_are_no_matrices() -> None:
+    groups = param_groups(Experts())
+    rules = {name: group["algorithm"] for group in groups for name, _ in group["params"]}
+    assert rules == {"mlp1_weight_EGD": "muon", "mlp1_bias_EG": "adamw", "bias_hidden": "adamw"}
+    assert reasons_of(Experts())["mlp1_bias_EG"] == "no matrix, by its name"
+    layers = nn.ModuleDict({"bias_proj": nn.Linear(8, 8, bias=False)})
+    assert reasons_of(layers)["bias_proj.weight"] == "matrix"  # a layer, whatever it makes
+
+
+def test_one_of_several_layers_holds_one_matrix() -> None:
+    inner = nn.ModuleDict({"wq": nn.Linear(8, 8, bias=False), "wqkv": nn.Linear(8, 24, bias=False)})
+    reasons = reasons_of(nn.ModuleDict({"qkv_linear": inner}))
+    assert reasons["qkv_linear.wq.weight"] == "matrix"
+    assert reasons["qkv_linear.wqkv.weight"] == "matrix; of several? see split"
+
+
+def test_a_depthwise_convolution_is_no_matrix_unless_it_is_asked_for() -> None:
+    model = nn.ModuleDict(
+        {
+            "conv1d": nn.Conv1d(8, 16, 4, groups=8, bias=False),
+            "grouped": nn.Conv1d(8, 16, 4, groups=2, bias=False),
+            "up": nn.ConvTranspose1d(8, 8, 2, groups=8, bias=False),
+        }
+    )
+    assert reasons_of(model) == {
+        "conv1d.weight": "depthwise convolution, a vector for each channel",
+        "grouped.weight": "convolution",
+        "up.weight": "depthwise convolution, a vector for each channel",
+    }
+    groups = param_groups(model, split={"conv1d": "flatten"})
+    rules = {name: (group["algorithm"], group["split"]) for group in groups for name, _ in group["params"]}
+    assert rules["conv1d.weight"] == ("muon", "flatten")
+    assert rules["up.weight"] == ("adamw", None)
+
+
+def test_columns_by_heads_are_one_matrix() -> None:
+    model = nn.Module()
+    model.q = nn.Parameter(torch.ones(12, 3, 4))
+    model.experts = nn.Parameter(torch.ones(11, 3, 4))
+    model.conv = nn.Conv1d(4, 12, 3, bias=False)
+    model.transposed = nn.ConvTranspose1d(12, 3, 4, bias=False)
+    groups = param_groups(model)
+    splits = {
+        name: (group["split"], group.get("weight_storage")) for group in groups for name, _ in group["params"]
+    }
+    assert splits == {
+        "q": ("flatten", None),
+        "experts": ("experts", None),
+        "conv.weight": ("flatten", None),
+        "transposed.weight": ("flatten", "in_out"),
+    }
+    (group,) = param_groups(nn.ParameterDict({"q": model.q}), split={"q": "experts"})
+    assert group["split"] == "experts"
+
+
+def test_a_convolution_to_the_classes_is_a_head() -> None:
+    model = nn.ModuleDict(
+        {
+            "backbone": nn.Conv2d(3, 8, 1),
+            "classifier": nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1)),
+            "ctc_head": nn.Conv1d(8, 5, 1),
+        }
+    )
+    reasons = reasons_of(model)
+    assert reasons["classifier.2.weight"] == reasons["ctc_head.weight"] == "output head"
+    assert reasons["classifier.0.weight"] == reasons["backbone.weight"] == "convolution"
