@@ -210,6 +210,9 @@ class Tables(nn.Module):
         self.norm_scale = nn.Parameter(torch.ones(4, 8))
         self.D = nn.Parameter(torch.ones(2, 8))
         self.learned_queries = nn.Parameter(torch.ones(5, 8))
+        self.freqs = nn.Parameter(torch.ones(2, 3, 3, 8))
+        for name in ("gain", "alpha", "beta", "gamma", "scales"):
+            self.register_parameter(name, nn.Parameter(torch.ones(4, 8)))
         self.down_proj_bias = nn.Parameter(torch.ones(4, 8))
         self.A_log = nn.Parameter(torch.ones(8, 4))
         self.tokenizer = nn.Linear(8, 8, bias=False)
@@ -227,6 +230,8 @@ def test_tables_and_scales_are_no_matrices() -> None:
         "norm_scale": ("adamw", "no matrix, by its name"),
         "D": ("adamw", "no matrix, by its name"),
         "learned_queries": ("adamw", "embedding"),
+        "freqs": ("adamw", "embedding"),
+        **dict.fromkeys(("gain", "alpha", "beta", "gamma", "scales"), ("adamw", "no matrix, by its name")),
         "down_proj_bias": ("adamw", "no matrix, by its name"),
         "A_log": ("adamw", "no matrix, by its name"),
         "tokenizer.weight": ("muon", "matrix"),
