@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from dion_dtensor import param_groups
+from dion_dtensor import Muon, audit, param_groups
 
 
 class Translator(nn.Module):
@@ -59,6 +59,7 @@ def test_what_may_hold_several_matrices_says_so() -> None:
     asked = "matrix; of several? see split"
     assert reasons["attention.in_proj_weight"] == reasons["qkv.weight"] == asked
     assert reasons["up.weight"] == "matrix"
+    assert reasons_of(nn.LSTM(8, 8))["weight_ih_l0"] == asked
     assert reasons_of(model, split={"qkv": (8, 8, 8)})["qkv.weight"] == "2-D, rows(8, 8, 8)"
 
 
@@ -105,6 +106,7 @@ def test_a_depthwise_convolution_is_no_matrix_unless_it_is_asked_for() -> None:
     rules = {name: (group["algorithm"], group["split"]) for group in groups for name, _ in group["params"]}
     assert rules["conv1d.weight"] == ("muon", "flatten")
     assert rules["up.weight"] == ("adamw", None)
+    audit(Muon(groups, compile=False), strict=True)
 
 
 def test_columns_by_heads_are_one_matrix() -> None:
@@ -133,8 +135,10 @@ def test_a_convolution_to_the_classes_is_a_head() -> None:
             "backbone": nn.Conv2d(3, 8, 1),
             "classifier": nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1)),
             "ctc_head": nn.Conv1d(8, 5, 1),
+            "wide_head": nn.Conv1d(8, 5, 3),
         }
     )
     reasons = reasons_of(model)
     assert reasons["classifier.2.weight"] == reasons["ctc_head.weight"] == "output head"
     assert reasons["classifier.0.weight"] == reasons["backbone.weight"] == "convolution"
+    assert reasons["wide_head.weight"] == "convolution"
