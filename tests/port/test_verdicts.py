@@ -13,7 +13,8 @@ import pytest
 
 from conformance.adapters import Arrays, Capabilities, find
 from conformance.adapters.oracle import OracleAdapter
-from conformance.port.grading import ACCEPTABLE, ERROR, FAIL, PASS, UNCLAIMED, UNDECIDED
+from conformance.port.execute import Outcome
+from conformance.port.grading import ACCEPTABLE, ERROR, FAIL, PASS, UNCLAIMED, UNDECIDED, grade
 from conformance.port.output import not_claimed, rows
 from conformance.port.runner import Run, Selection, run_vectors
 from conformance.vectors import VectorSet, load
@@ -164,6 +165,17 @@ def test_a_step_lost_to_overflow_is_acceptable_and_uses_no_tolerance(vectors: Ve
     assert "overflowed" in found.verdicts[0].message
     ((_, _, used),) = rows(found)
     assert used == 0
+
+
+def test_the_rounding_of_a_weight_is_no_more_for_a_smaller_update(vectors: VectorSet) -> None:
+    """The decay alone is a hundredth of the step that is lost, and float32 rounds the weight as it does after that."""
+    case = vectors["L1/muon/nvidia/24x8-overflow"]
+    weight = case.inputs["weight"].astype(np.float32)
+    decayed = weight - np.float32(case.hyper["lr"] * case.hyper["weight_decay"]) * weight
+    update = (decayed.astype(np.float64) - weight)[None]
+    assert grade(case, "float32", Outcome(update=update)).status == ACCEPTABLE
+    assert grade(case, "float32", Outcome(update=1.01 * update)).status == FAIL
+    assert grade(case, "float32", Outcome(update=update[..., :-1])).status == FAIL
 
 
 def test_a_finite_update_from_a_nan_fails(vectors: VectorSet) -> None:

@@ -1,0 +1,46 @@
+"""NVIDIA Emerging-Optimizers' Muon, when its package `emerging_optimizers` is on the path: Megatron's, on one device."""
+
+from __future__ import annotations
+
+import torch
+from emerging_optimizers.orthogonalized_optimizers.muon import Muon
+
+from conformance.adapters import Capabilities, Spec
+from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter
+
+SCALES = {"nvidia": "spectral", "keller": "shape_scaling", "spectral_norm": "unit_rms_norm"}
+PRECISIONS = {"float32": "highest", "bfloat16": "medium"}
+POLYNOMIALS = {"you": "quintic", "keller": "simple", "cans": "cans"}
+
+
+def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
+    """From a case's hyperparameters."""
+    hyper = spec.hyper
+    optimizer: torch.optim.Optimizer = Muon(
+        [parameter for _, parameter in params],
+        lr=hyper["lr"],
+        momentum=hyper["mu"],
+        weight_decay=hyper["weight_decay"],
+        nesterov=hyper["nesterov"],
+        fp32_matmul_prec=PRECISIONS[spec.compute_dtype],
+        coefficient_type=POLYNOMIALS[hyper["polynomial_name"]],
+        num_ns_steps=len(hyper["polynomial"]),
+        scale_mode=SCALES[hyper["scale"]],
+    )
+    for _, parameter in params:  # it makes its state at the first step, where a case starts from one
+        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
+
+
+adapter = TorchOptimizerAdapter(
+    Capabilities(
+        name="NVIDIA Emerging-Optimizers",
+        algorithms={"muon": ("nvidia",)},
+        dtypes=("float32", "bfloat16"),
+        features=("state", "schedule:lr", "schedule:mu"),
+        distribution="emerging-optimizers",
+    ),
+    build,
+    state={"momentum": "momentum_buffer"},
+    hyper={"mu": "momentum"},
+)
