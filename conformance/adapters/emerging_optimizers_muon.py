@@ -1,4 +1,4 @@
-"""NVIDIA Emerging-Optimizers' Muon, when its package `emerging_optimizers` is on the path: Megatron's, on one device."""
+"""NVIDIA Emerging-Optimizers' Muon, Megatron's, on one device; when its package `emerging_optimizers` is on the path."""
 
 from __future__ import annotations
 

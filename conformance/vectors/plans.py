@@ -8,7 +8,7 @@ from typing import Any
 
 from dion_ref import ALGORITHMS, PRESETS, Convention, Experts, Flatten, Heads, InterleavedRows, Rows
 
-VERSION = "2026.11.2"
+VERSION = "2026.11.3"
 """Calendar version of the set that `make` writes. Cases of an older version are published and never edited."""
 
 FLAGS: Mapping[str, str] = {
@@ -85,6 +85,8 @@ SPLITS: Mapping[str, tuple[Any, tuple[int, ...], str]] = {
     "grouped-qkv": (InterleavedRows((4, 2, 2), 2), (16, 8), "fused"),
     "experts": (Experts(), (3, 6, 8), "experts"),
     "convolution": (Flatten(), (6, 3, 2, 2), "convolution"),
+    # Its aspect ratio is not that of its kernels.
+    "tall-convolution": (Flatten(), (24, 2, 2, 2), "convolution"),
 }
 
 _torch = PRESETS["torch"]
@@ -231,6 +233,7 @@ def _special(algorithm: str, dialect: str) -> Iterator[Plan]:
 def _splits(algorithm: str, dialect: str) -> Iterator[Plan]:
     since = "2026.11.1" if dialect in ("dion", "torch", "keller") else "2026.11.2"
     for name, (split, shape, flag) in SPLITS.items():
+        since = "2026.11.3" if name == "tall-convolution" else since
         yield Plan(
             "L1", algorithm, dialect, f"{_x(shape)}-{name}", shape, hyper_of(algorithm, dialect),
             f"a parameter of several logical matrices: {split}", (flag, "weight-decay"), split=split,
