@@ -1,4 +1,4 @@
-"""NVIDIA Emerging-Optimizers' Muon, Megatron's, on one device; when its package `emerging_optimizers` is on the path."""
+"""NVIDIA Emerging-Optimizers' Muon, Megatron's, on one device; `emerging_optimizers` has to be on the path."""
 
 from __future__ import annotations
 
