@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -133,6 +134,7 @@ def _further() -> list[Mutant]:
              lambda: attribute(matrices.Experts, "split", lambda _: lambda self, x: (x.reshape(1, -1, x.shape[-1]),))),
         made("convolution flattened from the other side", "L1", ("muon",),
              lambda: attribute(matrices.Flatten, "split", lambda _: lambda self, x: (x.flatten(0, -2),))),
+        made("convolution scaled by its kernel (KellerJordan/Muon)", "L1", ("muon",), _scaled_by_kernels),
         made("AdamW: beta2 of torch's default", "L1", ("adamw",),
              _step("adamw", lambda f, W, G, s, h: f(W, G, s, replace(h, betas=(h.betas[0], 0.999))))),
         made("AdamW: steps are not counted", "L2", ("adamw",),
@@ -141,6 +143,33 @@ def _further() -> list[Mutant]:
              _step("lion", lambda f, W, G, s, h: (
                  W * (1 - h.lr * h.weight_decay) - h.lr * s.exp_avg, f(W, G, s, h)[1]))),
     ]  # fmt: skip
+
+
+@contextmanager
+def _scaled_by_kernels() -> Iterator[None]:
+    """The factor of the last two dims of a convolution, not of its matrix."""
+    kernels: dict[tuple[int, int], tuple[int, int]] = {}
+
+    def flattened(original: Any) -> Any:
+        def split(self: Any, tensor: Tensor) -> Any:
+            kernels[tensor.shape[0], tensor[0].numel()] = (tensor.shape[-2], tensor.shape[-1])
+            return original(self, tensor)
+
+        return split
+
+    def wrong(original: Any) -> Any:
+        def of_kernel(kind: str | None, m: int, n: int, storage: str = "out_in") -> float:
+            shape = kernels.get((m, n), (m, n)) if kind == "keller" else (m, n)
+            factor: float = original(kind, *shape, storage)
+            return factor
+
+        return of_kernel
+
+    with (
+        attribute(matrices.Flatten, "split", flattened),
+        replaced(update.scale_factor, wrong(update.scale_factor)),
+    ):
+        yield
 
 
 def _digit(step: int, position: int, change: float) -> Applied:
