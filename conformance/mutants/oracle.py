@@ -159,7 +159,7 @@ def _scaled_by_kernels() -> Iterator[None]:
 
     def wrong(original: Any) -> Any:
         def of_kernel(kind: str | None, m: int, n: int, storage: str = "out_in") -> float:
-            shape = kernels.get((m, n), (m, n)) if kind == "keller" else (m, n)
+            shape = kernels.pop((m, n), (m, n)) if kind == "keller" else (m, n)
             factor: float = original(kind, *shape, storage)
             return factor
 
