@@ -159,8 +159,8 @@ def _scaled_by_kernels() -> Iterator[None]:
 
     def wrong(original: Any) -> Any:
         def of_kernel(kind: str | None, m: int, n: int, storage: str = "out_in") -> float:
-            shape = kernels.pop((m, n), (m, n)) if kind == "keller" else (m, n)
-            factor: float = original(kind, *shape, storage)
+            kernel = kernels.pop((m, n), (m, n))
+            factor: float = original(kind, *(kernel if kind == "keller" else (m, n)), storage)
             return factor
 
         return of_kernel
