@@ -60,23 +60,28 @@ def param_groups(
 
     - What ``exclude`` matches goes to ``scalar``.
     - Embeddings and whatever is tied to one go to ``scalar``.  So do parameters that a module holds itself and whose
-      names speak of positions, tokens, embeddings, latents, pointers, prompts, queries or frequencies, and those of two
-      dims or more that are called biases, scales, gains, alpha, beta, gamma, ``*_log`` or ``D``.
+      names speak of positions, tokens, embeddings, latents, pointers, prompts, tables, registers or codebooks, and
+      those of two dims or more that are called biases, scales, gains, alpha, beta, gamma, frequencies, queries or
+      ``*_log`` (not ``W_...``, ``..._weight`` or ``..._proj``), or ``D`` beside an ``A_log``.
     - Output heads go to ``scalar``: what a model's own ``get_output_embeddings()`` gives (Hugging Face); a Linear whose
       name ends in "head" or "classifier" or is one of a few others ("qa_outputs", "cls_score", ...); the last Linear
-      of a module called so, or "output", "classifier", "heads", "fc" or "score" at the top of the model (also as
-      ``model``, ``net``, ``network`` or ``module`` of another); a Linear there called "decoder", "generator",
-      "logits", "output_layer", "output_projection", "readout", "to_logits" or "unembed"; where none is found, the one
-      Linear that takes the rows of the largest embedding and has an output for each of them.  A convolution of kernel
-      size one counts as a Linear here.
+      of a module called "head", "lm_head", "classification_head", "embed_out" or "qa_outputs", or "output",
+      "classifier", "heads", "fc" or "score" at the top of the model (also as ``model``, ``net``, ``network`` or
+      ``module`` of another); a Linear there called "decoder", "generator", "logits", "output_layer",
+      "output_projection", "readout", "to_logits" or "unembed"; where none is found, the one Linear that takes the rows
+      of the largest embedding and has an output for each of them.  Also the last layer of an ``nn.Sequential`` whose
+      name ends in "head" or "classifier", if it is a Linear or a convolution of kernel size one (and no
+      normalization follows), and such a convolution whose own name does (not "conv_head").
     - A convolution's weight is one matrix (``split="flatten"``; a transposed one's with ``weight_storage="in_out"``,
       since its rows are inputs).  A depthwise one's is a vector for each channel and goes to ``scalar``.
     - The weight of a Hugging Face ``Conv1D`` is the transpose of what is stored (``split="columns(out)"``), and so are
       experts stored as ``[E, in, out]`` (gpt-oss, Llama 4), told by a ``gate_up_proj`` beside a ``down_proj``, or by an
       attribute ``is_transposed`` of their module.
     - A 3-D weight ``[h * k, h, k]`` is one matrix whose columns are those of heads (XLNet); any other is a stack of
-      experts (``split="experts"``), unless one of its dims is one, as of class tokens.
-    - 0-D and 1-D parameters go to ``scalar``, and 2-D ones with a dim of one that are no layer's weight.
+      experts (``split="experts"``), unless one of its dims is one, as of class tokens.  One of four dims or more is
+      flattened as a convolution's.
+    - 0-D, 1-D and empty parameters go to ``scalar``, the magnitudes of weight norms, and 2-D parameters with a dim of
+      one that are no layer's weight.
 
     ``split`` and ``heads`` cut what they match of the matrices, convolutions (depthwise ones too) and stacks.  Works on
     plain, FSDP2- and TP-wrapped models, on Hugging Face's, torchvision's, timm's and torchtitan's.
@@ -305,8 +310,9 @@ def audit(optimizer: OrthonormalOptimizer, strict: bool = False) -> Audit:
 
     Args:
         optimizer: any of this package.
-        strict: raise if a parameter of two or more dims is not orthonormalized, for another reason than that it is an
-            embedding, an output head, or excluded by name.
+        strict: raise if a parameter of two or more dims is not orthonormalized, for another reason than those of
+            :func:`param_groups`: an embedding, an output head, a depthwise convolution, no matrix by its name or shape,
+            empty, or excluded.
 
     Returns:
         One row a parameter; print it for a table.

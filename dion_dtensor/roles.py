@@ -43,11 +43,13 @@ TOP_LAYERS = (
 LAYERS = re.compile(
     r"(^|_)(head|classifier)$|^(cls_score|bbox_pred|class_embed|class_predictor|seq_relationship)$"
 )
+# Of a Sequential that ends in a head, or of a convolution that is one; but not of the last but one of EfficientNets.
+ENDS_A_MODEL = re.compile(r"(?<!conv)(^|_)(head|classifier)$")
 # A model as an attribute of another module: of a LightningModule, of a wrapper.
 HELD = ("model", "net", "network", "module")
 # Parameters that a module holds itself: a table of positions, a class token, learned queries.
 TABLE = re.compile(
-    r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings|latent|latents|pointer|prompt|prompts|queries|freqs)(_|$)"
+    r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings|latent|latents|pointer|prompt|prompts|table|register|registers|codebook)(_|$)"
 )
 # Of a weight that often holds several matrices.
 FUSED = re.compile(
@@ -57,8 +59,11 @@ FUSED = re.compile(
 # Of one that is alone in a module called so, as torchtitan's qkv_linear.wq.
 ALONE = re.compile(r"\.(w?[qkv](_proj)?|query|key|value)\.weight$")
 # Biases of experts (also with their dims behind, as in torchtitan) and of attention, scales of norms by head, decay
-# rates and skips of state-space models.
-NO_MATRIX = re.compile(r"(^|_)((bias|biases)(_\w+)?|scale|scales|gain|alpha|beta|gamma|log)$|^D$")
+# rates of state-space models, frequencies, learned queries; but not what is called a weight all the same.
+NO_MATRIX = re.compile(
+    r"(^|_)((bias|biases)(_\w+)?|scale|scales|gain|alpha|beta|gamma|log|freqs|queries)$(?<!weight)(?<!proj)"
+)
+A_MATRIX = re.compile(r"^[wW]_")
 HEAD, HEAD_BY_SHAPE = "output head", "output head, by its shape"
 CONVOLUTION, CONVOLUTION_IN_BY_OUT = "convolution", "transposed convolution"
 DEPTHWISE = "depthwise convolution, a vector for each channel"
@@ -72,6 +77,7 @@ CUT_AS_ASKED = (
     CONVOLUTION_IN_BY_OUT,
     DEPTHWISE,
     BY_HEADS,
+    BY_NAME,
     IN_BY_OUT,
     EXPERTS_IN_BY_OUT,
     INTERLEAVED,
@@ -101,20 +107,20 @@ def roles(model: nn.Module) -> dict[int, str]:
         on_top = last in TOP_HEADS and all(part in HELD for part in above)
         if isinstance(module, nn.modules.conv._ConvNd):
             kind = CONVOLUTION_IN_BY_OUT if module.transposed else CONVOLUTION
-            alone = module.groups > 1 and module.groups == module.in_channels
+            alone = 1 < module.groups == module.in_channels == module.out_channels
             for weight in _weights(module):
                 found.setdefault(id(weight), DEPTHWISE if alone else kind)  # unless a head ends with it
         if _is_conv1d(module):
             found.update({id(weight): IN_BY_OUT for weight in _weights(module)})
-        elif _is_linear(module):
+        elif isinstance(module, nn.Linear):
             at_top = last in TOP_LAYERS and all(part in HELD for part in above)
             if LAYERS.search(last) or last in HEADS or on_top or at_top:
                 found.update({id(weight): HEAD for weight in _weights(module)})
-        elif on_top or (last in HEADS and (not given or isinstance(module, nn.Sequential))):
-            # Where a model names its output itself, other modules called so may be hidden (poolers, transforms).
-            layers = [layer for layer in module.modules() if _is_linear(layer)]
-            if layers:  # of a classifier of several layers, the last
-                found.update({id(weight): HEAD for weight in _weights(layers[-1])})
+        elif _is_pointwise(module):
+            if ENDS_A_MODEL.search(last):
+                found.update({id(weight): HEAD for weight in _weights(module)})
+        elif _has_a_head(last, module, on_top, bool(given)) and (layer := _last_layer(module)) is not None:
+            found.update({id(weight): HEAD for weight in _weights(layer)})
     for layer in given:
         found.update({id(weight): HEAD for weight in _weights(layer)})
     if HEAD not in found.values():
@@ -123,8 +129,8 @@ def roles(model: nn.Module) -> dict[int, str]:
         for name, parameter in module.named_parameters(recurse=False):
             if (own := _own(module, name, parameter)) is not None:
                 found[id(parameter)] = own
-            elif parameter.ndim == 3 and parameter.shape[0] == parameter.shape[1] * parameter.shape[2]:
-                found.setdefault(id(parameter), BY_HEADS)  # [width, heads, width of a head], as of XLNet
+            elif parameter.ndim == 3 and _by_heads(*parameter.shape):
+                found.setdefault(id(parameter), BY_HEADS)
         if isinstance(module, nn.Embedding | nn.EmbeddingBag):  # a parametrization holds the weight of some
             found.update({id(parameter): "embedding" for parameter in module.parameters()})
         elif _is_embedding(module):
@@ -161,7 +167,8 @@ def _own(module: nn.Module, name: str, parameter: Tensor) -> str | None:
         return MAGNITUDES
     if TABLE.search(name):
         return "embedding"
-    if parameter.ndim > 1 and NO_MATRIX.search(name):
+    skip = name == "D" and hasattr(module, "A_log")  # of a state-space model
+    if parameter.ndim > 1 and (skip or (NO_MATRIX.search(name) and not A_MATRIX.search(name))):
         return BY_NAME
     if parameter.ndim == 2 and 1 in parameter.shape and "weight" not in name and "original" not in name:
         return VECTOR
@@ -174,6 +181,11 @@ def _own(module: nn.Module, name: str, parameter: Tensor) -> str | None:
 def may_hold_several(name: str) -> bool:
     """Whether a weight's name speaks of several matrices."""
     return FUSED.search(name) is not None and ALONE.search(name) is None
+
+
+def _by_heads(width: int, heads: int, size: int) -> bool:
+    """Whether a weight is ``[width, heads, width of a head]``, as of XLNet."""
+    return width == heads * size and min(heads, size) > 1
 
 
 def plain_names(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -204,11 +216,30 @@ def _output_layer(module: nn.Module) -> nn.Module | None:
     return layer if isinstance(layer, nn.Module) else None
 
 
-def _is_linear(module: nn.Module) -> bool:
-    """Whether it is a Linear, or a convolution that is one at each place."""
-    if isinstance(module, nn.modules.conv._ConvNd):
-        return set(module.kernel_size) == {1} and module.groups == 1 and not module.transposed
-    return isinstance(module, nn.Linear)
+def _has_a_head(name: str, module: nn.Module, on_top: bool, given: bool) -> bool:
+    """Whether a module of several layers ends in an output head.
+
+    Where a model names its output itself, other modules called so may be hidden (poolers, transforms).
+    """
+    if isinstance(module, nn.Sequential):
+        return on_top or name in HEADS or ENDS_A_MODEL.search(name) is not None
+    return on_top or (name in HEADS and not given)
+
+
+def _last_layer(module: nn.Module) -> nn.Module | None:
+    """The last Linear of a module; of a Sequential also its last convolution, if no layer follows."""
+    every = [layer for layer in module.modules() if next(layer.parameters(recurse=False), None) is not None]
+    if isinstance(module, nn.Sequential) and every and _is_pointwise(every[-1]):
+        return every[-1]
+    layers = [layer for layer in module.modules() if isinstance(layer, nn.Linear)]
+    return layers[-1] if layers else None
+
+
+def _is_pointwise(module: nn.Module) -> bool:
+    """Whether it is a convolution that is a Linear at each place."""
+    if not isinstance(module, nn.modules.conv._ConvNd):
+        return False
+    return set(module.kernel_size) == {1} and module.groups == 1 and not module.transposed
 
 
 def _is_embedding(module: nn.Module) -> bool:

@@ -58,8 +58,8 @@ class Case:
             where `split` is given, ``[N, ...]`` for stacks; "state/step" is 0-d, the number of steps made before.
         expected: "update" ``[steps, *shape]`` (new weight minus old, by step; at L0 the orthonormalized matrix) and
             "state/<key>" after the last step, but for "step".
-        acceptable: other results that are no bug: note and update, held to the update's tolerance in units of the
-            expected update; with "error" an update of NaN, which stands for any that has one.
+        acceptable: other results that are no bug: note and update, held to the update's tolerance and 16 roundings of
+            the weight; with "error" an update of NaN, which stands for any that has one.
     """
 
     id: str

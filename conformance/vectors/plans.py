@@ -233,11 +233,10 @@ def _special(algorithm: str, dialect: str) -> Iterator[Plan]:
 def _splits(algorithm: str, dialect: str) -> Iterator[Plan]:
     since = "2026.11.1" if dialect in ("dion", "torch", "keller") else "2026.11.2"
     for name, (split, shape, flag) in SPLITS.items():
-        since = "2026.11.3" if name == "tall-convolution" else since
         yield Plan(
             "L1", algorithm, dialect, f"{_x(shape)}-{name}", shape, hyper_of(algorithm, dialect),
             f"a parameter of several logical matrices: {split}", (flag, "weight-decay"), split=split,
-            since=since,
+            since="2026.11.3" if name == "tall-convolution" else since,
         )  # fmt: skip
 
 

@@ -26,6 +26,9 @@ WRAPPED = {
     "a mesh for each": ((4,), ("shard",)),
 }
 WRAPPED_LAYOUTS = {
+    "fsdp": "on shard(4)=S(0)",
+    "hsdp": "on replicate(2)=R, shard(2)=S(0)",
+    "tp": "on tp(2)=S(0)",
     "fsdp+tp": "on fsdp(2)=_S(0, 2), tp(2)=S(0)",
     "one mesh": "on fsdp(2)=_S(0, 2), tp(2)=S(0)",
     "two axes as one": "on fsdp_tp(4)=S(0)",

@@ -210,6 +210,8 @@ class Tables(nn.Module):
         self.norm_scale = nn.Parameter(torch.ones(4, 8))
         self.D = nn.Parameter(torch.ones(2, 8))
         self.learned_queries = nn.Parameter(torch.ones(5, 8))
+        self.scale_shift_table = nn.Parameter(torch.ones(6, 8))
+        self.registers, self.codebook = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(9, 8))
         self.freqs = nn.Parameter(torch.ones(2, 3, 3, 8))
         for name in ("gain", "alpha", "beta", "gamma", "scales"):
             self.register_parameter(name, nn.Parameter(torch.ones(4, 8)))
@@ -229,8 +231,8 @@ def test_tables_and_scales_are_no_matrices() -> None:
         "layer_weight": ("adamw", "no stack of matrices"),
         "norm_scale": ("adamw", "no matrix, by its name"),
         "D": ("adamw", "no matrix, by its name"),
-        "learned_queries": ("adamw", "embedding"),
-        "freqs": ("adamw", "embedding"),
+        **dict.fromkeys(("scale_shift_table", "registers", "codebook"), ("adamw", "embedding")),
+        **dict.fromkeys(("learned_queries", "freqs"), ("adamw", "no matrix, by its name")),
         **dict.fromkeys(("gain", "alpha", "beta", "gamma", "scales"), ("adamw", "no matrix, by its name")),
         "down_proj_bias": ("adamw", "no matrix, by its name"),
         "A_log": ("adamw", "no matrix, by its name"),
@@ -281,7 +283,7 @@ def test_torchvision_models_are_claimed_whole(make_model: str) -> None:
     by_rule = {name: (group["algorithm"], group["split"]) for group in groups for name, _ in group["params"]}
     for name, module in model.named_modules():
         if isinstance(module, nn.Conv2d):
-            depthwise = module.groups > 1
+            depthwise = module.groups == module.in_channels > 1
             assert by_rule[f"{name}.weight"] == (("adamw", None) if depthwise else ("muon", "flatten"))
     head = {
         "vit_b_16": "heads.head.weight",

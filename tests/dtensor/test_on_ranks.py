@@ -309,7 +309,7 @@ def test_wrapped_models_train_as_the_plain_one(ranks: Ranks, kind: str, algorith
         assert set(weights) == set(expected)
         for name, weight in weights.items():
             torch.testing.assert_close(weight, expected[name], rtol=1e-10, atol=1e-12)
-        assert programs.WRAPPED_LAYOUTS.get(kind, "") in table
+        assert programs.WRAPPED_LAYOUTS[kind] in table
 
 
 @pytest.mark.parametrize("fault", ["nan", "missing", "placement"])

@@ -92,13 +92,15 @@ def test_one_of_several_layers_holds_one_matrix() -> None:
 def test_a_depthwise_convolution_is_no_matrix_unless_it_is_asked_for() -> None:
     model = nn.ModuleDict(
         {
-            "conv1d": nn.Conv1d(8, 16, 4, groups=8, bias=False),
+            "conv1d": nn.Conv1d(8, 8, 4, groups=8, bias=False),
+            "multiplied": nn.Conv2d(3, 96, 4, groups=3, bias=False),
             "grouped": nn.Conv1d(8, 16, 4, groups=2, bias=False),
             "up": nn.ConvTranspose1d(8, 8, 2, groups=8, bias=False),
         }
     )
     assert reasons_of(model) == {
         "conv1d.weight": "depthwise convolution, a vector for each channel",
+        "multiplied.weight": "convolution",
         "grouped.weight": "convolution",
         "up.weight": "depthwise convolution, a vector for each channel",
     }
@@ -113,6 +115,8 @@ def test_columns_by_heads_are_one_matrix() -> None:
     model = nn.Module()
     model.q = nn.Parameter(torch.ones(12, 3, 4))
     model.experts = nn.Parameter(torch.ones(11, 3, 4))
+    model.temperature = nn.Parameter(torch.ones(1, 1, 1))
+    model.bounds = nn.Parameter(torch.ones(8, 1, 8))
     model.conv = nn.Conv1d(4, 12, 3, bias=False)
     model.transposed = nn.ConvTranspose1d(12, 3, 4, bias=False)
     groups = param_groups(model)
@@ -122,11 +126,21 @@ def test_columns_by_heads_are_one_matrix() -> None:
     assert splits == {
         "q": ("flatten", None),
         "experts": ("experts", None),
+        "temperature": (None, None),
+        "bounds": (None, None),
         "conv.weight": ("flatten", None),
         "transposed.weight": ("flatten", "in_out"),
     }
     (group,) = param_groups(nn.ParameterDict({"q": model.q}), split={"q": "experts"})
     assert group["split"] == "experts"
+
+
+class Detector(nn.Module):
+    """The heads of torchvision's region proposals: both or neither."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.cls_logits, self.bbox_pred = nn.Conv2d(8, 3, 1), nn.Conv2d(8, 12, 1)
 
 
 def test_a_convolution_to_the_classes_is_a_head() -> None:
@@ -136,9 +150,34 @@ def test_a_convolution_to_the_classes_is_a_head() -> None:
             "classifier": nn.Sequential(nn.Conv2d(8, 8, 3), nn.ReLU(), nn.Conv2d(8, 5, 1)),
             "ctc_head": nn.Conv1d(8, 5, 1),
             "wide_head": nn.Conv1d(8, 5, 3),
+            "conv_head": nn.Conv2d(8, 16, 1),
+            "aux_classifier": nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 5, 1)),
+            "mask_head": nn.Sequential(nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3)),
+            "feature_head": nn.Sequential(nn.Conv2d(8, 8, 1), nn.BatchNorm2d(8)),
+            "rpn": nn.ModuleDict({"head": Detector()}),
         }
     )
     reasons = reasons_of(model)
     assert reasons["classifier.2.weight"] == reasons["ctc_head.weight"] == "output head"
     assert reasons["classifier.0.weight"] == reasons["backbone.weight"] == "convolution"
-    assert reasons["wide_head.weight"] == "convolution"
+    assert reasons["aux_classifier.1.weight"] == "output head"
+    for name in (
+        "wide_head",
+        "conv_head",
+        "aux_classifier.0",
+        "mask_head.0",
+        "mask_head.1",
+        "feature_head.0",
+    ):
+        assert reasons[f"{name}.weight"] == "convolution"
+    assert reasons["rpn.head.cls_logits.weight"] == reasons["rpn.head.bbox_pred.weight"] == "convolution"
+
+
+def test_a_weight_is_a_matrix_whatever_it_is_called() -> None:
+    model = nn.ParameterDict(
+        {name: nn.Parameter(torch.ones(8, 8)) for name in ("D", "W_beta", "w_queries", "bias_proj_weight")}
+    )
+    assert set(reasons_of(model).values()) == {"matrix"}
+    model["norm_scale"] = nn.Parameter(torch.ones(8, 8))
+    assert reasons_of(model)["norm_scale"] == "no matrix, by its name"
+    assert reasons_of(model, split={"norm_scale": "heads(2)"})["norm_scale"].endswith("heads(2)")

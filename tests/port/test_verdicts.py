@@ -176,6 +176,10 @@ def test_the_rounding_of_a_weight_is_no_more_for_a_smaller_update(vectors: Vecto
     assert grade(case, "float32", Outcome(update=update)).status == ACCEPTABLE
     assert grade(case, "float32", Outcome(update=1.01 * update)).status == FAIL
     assert grade(case, "float32", Outcome(update=update[..., :-1])).status == FAIL
+    wide = vectors["L1/muon/dion/24x8-overflow"]  # whose decay is smaller than its tolerance in bfloat16
+    ((_, decay),) = wide.acceptable
+    for factor, status in ((1.0, ACCEPTABLE), (0.0, FAIL), (2.0, FAIL), (-0.1, FAIL)):
+        assert grade(wide, "bfloat16", Outcome(update=factor * decay)).status == status
 
 
 def test_a_finite_update_from_a_nan_fails(vectors: VectorSet) -> None:
