@@ -49,7 +49,8 @@ ENDS_A_MODEL = re.compile(r"(?<!conv)(^|_)(head|classifier)$")
 HELD = ("model", "net", "network", "module")
 # Parameters that a module holds itself: a table of positions, a class token, learned queries.
 TABLE = re.compile(
-    r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings|latent|latents|pointer|prompt|prompts|table|register|registers|codebook)(_|$)"
+    r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings|latent|latents|pointer|prompt|prompts"
+    r"|table|register|registers|codebook)(_|$)"
 )
 # Of a weight that often holds several matrices.
 FUSED = re.compile(
@@ -61,9 +62,8 @@ ALONE = re.compile(r"\.(w?[qkv](_proj)?|query|key|value)\.weight$")
 # Biases of experts (also with their dims behind, as in torchtitan) and of attention, scales of norms by head, decay
 # rates of state-space models, frequencies, learned queries; but not what is called a weight all the same.
 NO_MATRIX = re.compile(
-    r"(^|_)((bias|biases)(_\w+)?|scale|scales|gain|alpha|beta|gamma|log|freqs|queries)$(?<!weight)(?<!proj)"
+    r"^(?![wW]_)(.*_)?((bias|biases)(_\w+)?|scale|scales|gain|alpha|beta|gamma|log|freqs|queries)$(?<!weight)(?<!proj)"
 )
-A_MATRIX = re.compile(r"^[wW]_")
 HEAD, HEAD_BY_SHAPE = "output head", "output head, by its shape"
 CONVOLUTION, CONVOLUTION_IN_BY_OUT = "convolution", "transposed convolution"
 DEPTHWISE = "depthwise convolution, a vector for each channel"
@@ -168,7 +168,7 @@ def _own(module: nn.Module, name: str, parameter: Tensor) -> str | None:
     if TABLE.search(name):
         return "embedding"
     skip = name == "D" and hasattr(module, "A_log")  # of a state-space model
-    if parameter.ndim > 1 and (skip or (NO_MATRIX.search(name) and not A_MATRIX.search(name))):
+    if parameter.ndim > 1 and (skip or NO_MATRIX.search(name)):
         return BY_NAME
     if parameter.ndim == 2 and 1 in parameter.shape and "weight" not in name and "original" not in name:
         return VECTOR

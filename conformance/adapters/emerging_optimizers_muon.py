@@ -8,9 +8,9 @@ from emerging_optimizers.orthogonalized_optimizers.muon import Muon
 from conformance.adapters import Capabilities, Spec
 from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter
 
-SCALES = {"nvidia": "spectral", "keller": "shape_scaling", "spectral_norm": "unit_rms_norm"}
+# Of the one dialect that is claimed.
+SCALES, POLYNOMIALS = {"nvidia": "spectral"}, {"you": "quintic"}
 PRECISIONS = {"float32": "highest", "bfloat16": "medium"}
-POLYNOMIALS = {"you": "quintic", "keller": "simple", "cans": "cans"}
 
 
 def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
@@ -27,8 +27,6 @@ def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
         num_ns_steps=len(hyper["polynomial"]),
         scale_mode=SCALES[hyper["scale"]],
     )
-    for _, parameter in params:  # it makes its state at the first step, where a case starts from one
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 

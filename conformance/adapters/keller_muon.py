@@ -18,8 +18,6 @@ def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
         weight_decay=hyper["weight_decay"],
         momentum=hyper["mu"],
     )
-    for _, parameter in params:  # it makes its state at the first step, where a case starts from one
-        optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
     return optimizer
 
 

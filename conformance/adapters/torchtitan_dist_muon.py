@@ -12,15 +12,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from flex_shard import BucketConfig, ComputeLayout, Owned, _optimizer_reshard_runtime, build_dist_muon
+from flex_shard.dist_muon import DistMuon, _zeropower_via_newtonschulz
+from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
 from conformance.adapters import Capabilities, Spec
+from conformance.adapters.torch_muon import arguments, iteration
 from conformance.adapters.torch_optimizer import Named, TorchOptimizerAdapter
-
-# isort: split
-from flex_shard import BucketConfig, ComputeLayout, Owned, _optimizer_reshard_runtime, build_dist_muon
-from flex_shard.dist_muon import DistMuon, _zeropower_via_newtonschulz
 
 
 class Nothing:
@@ -61,39 +60,27 @@ DistMuon._validate_parameter_storage = one_device
 
 def build(params: Named, spec: Spec) -> torch.optim.Optimizer:
     """From a case's hyperparameters; one rank of those that share a matrix owns it while it is orthonormalized."""
-    hyper = spec.hyper
-    a, b, c = hyper["polynomial"][0]
     made: torch.optim.Optimizer = build_dist_muon(
         [{"params": [p for _, p in params], "param_names": [name for name, _ in params]}],
         compute_sharding_by_fqn={name: _owned(parameter) for name, parameter in params},
         bucket_configs=[BucketConfig((name,), name) for name, _ in params],
-        lr=hyper["lr"],
-        weight_decay=hyper["weight_decay"],
-        momentum=hyper["mu"],
-        nesterov=hyper["nesterov"],
-        ns_coefficients=(a, b, c),
-        ns_steps=len(hyper["polynomial"]),
-        eps=hyper["epsilon"],
-        adjust_lr_fn="match_rms_adamw" if hyper["scale"] == "moonlight" else "original",
+        **arguments(spec.hyper),
     )
     return made
 
 
 def orthonormalize(matrix: Tensor, hyper: Mapping[str, Any]) -> Tensor:
     """Its orthonormalizer, whose dtype is always bfloat16."""
-    a, b, c = hyper["polynomial"][0]
-    options = {"ns_coefficients": (a, b, c), "ns_steps": len(hyper["polynomial"]), "eps": hyper["epsilon"]}
-    made: Tensor = _zeropower_via_newtonschulz(matrix, **options)
+    made: Tensor = _zeropower_via_newtonschulz(matrix, **iteration(hyper))
     return made.to(matrix.dtype)
 
 
-def _owned(parameter: nn.Parameter) -> ComputeLayout:
+def _owned(parameter: Tensor) -> ComputeLayout:
     """Owned along the axes that shard a parameter; along the first where none does."""
-    laid: Tensor = parameter
-    assert isinstance(laid, DTensor)
-    names = laid.device_mesh.mesh_dim_names or ()
+    assert isinstance(parameter, DTensor)
+    names = parameter.device_mesh.mesh_dim_names or ()
     sharded = [
-        name for name, placement in zip(names, laid.placements, strict=True) if type(placement) is Shard
+        name for name, placement in zip(names, parameter.placements, strict=True) if type(placement) is Shard
     ]
     return ComputeLayout({name: Owned() for name in sharded or names[:1]})
 

@@ -132,11 +132,14 @@ def builder_of(name: str) -> Build:
     made = named_function("contender", name)
 
     def build(parameters: Sequence[Tensor], case: Case) -> Callable[[], object]:
-        named = [(f"layers.{index}.weight", parameter) for index, parameter in enumerate(parameters)]
-        step: Callable[[], object] = made(named, case).step
+        step: Callable[[], object] = made(_with_names(parameters), case).step
         return step
 
     return build
+
+
+def _with_names(parameters: Sequence[Tensor]) -> list[tuple[str, Tensor]]:
+    return [(f"layers.{index}.weight", parameter) for index, parameter in enumerate(parameters)]
 
 
 def _ours(
@@ -145,7 +148,7 @@ def _ours(
     import dion_dtensor
 
     build: Any = ALGORITHMS[case.algorithm]
-    named = [(f"layers.{index}.weight", parameter) for index, parameter in enumerate(parameters)]
+    named = _with_names(parameters)
     if case.algorithm in FRACTIONS:
         build = partial(build, **{"rank_fraction" if case.algorithm == "dion" else "fraction": case.part})
     if case.algorithm == "adamw":

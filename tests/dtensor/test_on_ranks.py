@@ -298,9 +298,7 @@ def test_rows_lie_where_torch_lays_them(ranks: Ranks, place: str, wrapped: bool)
 
 
 @pytest.mark.parametrize("algorithm", ["muon", "dion"])
-@pytest.mark.parametrize(
-    "kind", ["fsdp", "hsdp", "tp", "fsdp+tp", "one mesh", "two axes as one", "a mesh for each"]
-)
+@pytest.mark.parametrize("kind", programs.WRAPPED)
 def test_wrapped_models_train_as_the_plain_one(ranks: Ranks, kind: str, algorithm: str) -> None:
     if kind in programs.NEWER and not hasattr(torch.distributed.fsdp, "DataParallelMeshDims"):
         pytest.skip("this torch's FSDP2 has one mesh for data parallelism alone")
