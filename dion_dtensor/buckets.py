@@ -191,8 +191,11 @@ class Bucket:
         ]
         rows = form.cut.merge(columns, (sum(p.count * p.m for p in pieces), 1))[0]
         values = rows.mT.contiguous() if form.across else rows
-        dims = (None, "column") if form.across else ("row", None)
-        layout = form.entry.derived(dims, tuple(values.shape), values.dtype)
+        beyond = len(form.entry.shape) - 2  # a convolution's that is assembled
+        values = values.view(*values.shape, *[1] * beyond)
+        dims = (None, "column") if form.across else ("row", None, *[None] * beyond)
+        own_dims = ("row", "column", *["column"] * beyond)
+        layout = form.entry.derived(dims, tuple(values.shape), values.dtype, own_dims)
         return scattered(values.to(self.device), layout)
 
     def step(self, members: Sequence[Member], grads: Sequence[Tensor], pending: tuple[int, ...] = ()) -> None:
@@ -294,7 +297,7 @@ class Bucket:
 
     def _weights(self, members: Sequence[Member], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:
         """Those that the compiled update changes itself: a few whole matrices on a CPU, apart in memory."""
-        whole = all(member.form is not None and member.form.kind in ("matrix", "whole") for member in members)
+        whole = all(member.form is not None and member.form.kind != "units" for member in members)
         if not (updates.IN_PLACE and len(members) <= FEW_WEIGHTS and whole and self._in_one_pass()):
             return ()
         weights = tuple(member.local.detach() for member in members)

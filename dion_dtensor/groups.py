@@ -19,18 +19,19 @@ from dion_dtensor.matrices import (
     InterleavedRows,
     Rows,
     Split,
-    parse_split,
 )
 from dion_dtensor.optimizer import OrthonormalOptimizer
 from dion_dtensor.roles import (
     BY_HEADS,
-    CONVOLUTION,
-    CONVOLUTION_IN_BY_OUT,
+    CONVOLUTIONS,
+    CONVOLUTIONS_IN_BY_OUT,
     CUT_AS_ASKED,
+    DEPTHWISE,
     EMPTY,
     EXPECTED,
     EXPERTS_IN_BY_OUT,
     IN_BY_OUT,
+    IN_GROUPS,
     INTERLEAVED,
     NO_STACK,
     may_hold_several,
@@ -38,6 +39,7 @@ from dion_dtensor.roles import (
     roles,
 )
 from dion_dtensor.rules import RULES
+from dion_dtensor.split_text import parse_split
 from dion_dtensor.state import without_wrappers
 
 __all__ = ["Audit", "AuditRow", "audit", "param_groups"]
@@ -73,7 +75,8 @@ def param_groups(
       name ends in "head" or "classifier", if it is a Linear or a convolution of kernel size one (and no
       normalization follows), and such a convolution whose own name does (not "conv_head").
     - A convolution's weight is one matrix (``split="flatten"``; a transposed one's with ``weight_storage="in_out"``,
-      since its rows are inputs).  A depthwise one's is a vector for each channel and goes to ``scalar``.
+      since its rows are inputs), also if it has groups: ``heads=`` makes a matrix of each.  A depthwise one's is a
+      vector for each channel and goes to ``scalar``.
     - The weight of a Hugging Face ``Conv1D`` is the transpose of what is stored (``split="columns(out)"``), and so are
       experts stored as ``[E, in, out]`` (gpt-oss, Llama 4), told by a ``gate_up_proj`` beside a ``down_proj``, or by an
       attribute ``is_transposed`` of their module.
@@ -94,10 +97,10 @@ def param_groups(
         scalar_lr: of the rest; None for the optimizer's.
         exclude: regular expressions, searched in the fully qualified names, in all of them where a parameter is tied.
         split: by regular expression, how a weight is cut into logical matrices: sizes of its blocks of rows
-            ``(q, k, v)``, or a split or its text (see :mod:`dion_dtensor.matrices`); rows are those of the logical
-            matrix, also of a ``Conv1D``; of a stack of experts, those of each.
-        heads: by regular expression, into how many equal blocks of rows a weight is cut: heads, or 2 for a fused gate
-            and up of equal sizes, one below the other.
+            ``(q, k, v)``, or a split or its text (see :mod:`dion_dtensor.split_text`); rows are those of the logical
+            matrix, also of a ``Conv1D`` and of a convolution; of a stack of experts, those of each.
+        heads: by regular expression, into how many equal blocks of rows a weight is cut: heads, a convolution's groups,
+            or 2 for a fused gate and up of equal sizes, one below the other.
         missing_ok: let pass patterns that match no parameter, or no matrix, as of one configuration for all stages of
             a pipeline.
 
@@ -143,7 +146,7 @@ def param_groups(
         why = "excluded" if any(_matches(pattern, names) for pattern in exclude) else None
         why = why or of_modules.get(id(parameter)) or (f"{parameter.ndim}-D" if parameter.ndim < 2 else None)
         cut: str | None = None
-        storage = {"weight_storage": "in_out"} if why == CONVOLUTION_IN_BY_OUT else {}
+        storage = {"weight_storage": "in_out"} if why in CONVOLUTIONS_IN_BY_OUT else {}
         if matching and why in (None, *CUT_AS_ASKED):
             cut = str(_as_stored(splits[matching[0]], name, parameter, why))
             why = f"{why or f'{parameter.ndim}-D'}, {cut}"
@@ -153,7 +156,7 @@ def param_groups(
             why = EMPTY
         elif why is None and parameter.ndim > 2 and 1 in parameter.shape[:1] + parameter.shape[-2:]:
             why = NO_STACK
-        elif why in (CONVOLUTION, CONVOLUTION_IN_BY_OUT, BY_HEADS) or (why is None and parameter.ndim > 3):
+        elif why in (*CONVOLUTIONS, BY_HEADS) or (why is None and parameter.ndim > 3):
             cut = str(Flatten())
         elif why is None and parameter.ndim == 3:
             cut, why = str(Experts()), "3-D, a stack of matrices"
@@ -171,7 +174,8 @@ def param_groups(
                     rate.clone() if isinstance(rate, Tensor) else rate
                 )  # a schedule writes into it
         groups[key]["params"].append((name, parameter))
-        may_be_several = not RULES[rule].elementwise and not matching and may_hold_several(name)
+        several = why in IN_GROUPS or may_hold_several(name)
+        may_be_several = several and not RULES[rule].elementwise and not matching
         groups[key]["reasons"][name] = (why or "matrix") + (
             "; of several? see split" if may_be_several else ""
         )
@@ -208,6 +212,8 @@ def _as_stored(split: Split | None, name: str, parameter: Tensor, why: str | Non
             f"split={{...: 'interleaved_rows((1, 1), {parameter.shape[-1] // 2})'}}"
         )
     try:
+        if (why in (*CONVOLUTIONS, DEPTHWISE) or parameter.ndim > 3) and isinstance(split, ROW_BLOCKS):
+            split = Flatten(split)
         if across and isinstance(split, Heads):
             (piece,) = split.pieces(parameter.mT.shape[-2:])
             split = Columns(*[piece.m] * piece.count)

@@ -1,16 +1,10 @@
-"""Parameter <-> logical matrices: what is orthonormalized as one, by the whole parameter's shape.
-
-A split is written as plain text in a param group, so that it goes through any checkpoint: ``"rows(768, 256, 256)"``,
-``"columns(768, 768, 768)"``, ``"heads(12)"``, ``"interleaved_rows((3, 1, 1), 4)"``, ``"interleaved_columns((1, 1),
-64)"``, ``"flatten"``, ``"experts"``, or ``"experts(rows(64, 64))"`` for experts that are cut in turn.
-"""
+"""Parameter <-> logical matrices: what is orthonormalized as one, by the whole parameter's shape."""
 
 from __future__ import annotations
 
-import ast
-import re
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -31,7 +25,6 @@ __all__ = [
     "Split",
     "by_rows",
     "each_piece",
-    "parse_split",
 ]
 
 
@@ -66,6 +59,8 @@ def _need(split: object, shape: Sequence[int], fits: bool, what: str) -> None:
     if not fits:
         blocks = isinstance(split, ROW_BLOCKS) and len(shape) == 3
         hint = f"; the matrices of a stack are cut by 'experts({split})'" if blocks else ""
+        if isinstance(split, ROW_BLOCKS) and len(shape) > 3:
+            hint = f"; a convolution is cut by 'flatten({split})'"
         raise ValueError(f"split={str(split)!r} needs {what}, not the shape {list(shape)}{hint}")
 
 
@@ -294,76 +289,47 @@ class Experts:
 
 @dataclass(frozen=True)
 class Flatten:
-    """A convolution ``[out, in, ...]`` as the one matrix ``[out, in * ...]``."""
+    """A convolution ``[out, in, ...]`` as the matrix ``[out, in * ...]``, one logical matrix or cut in turn.
+
+    Attributes:
+        inner: how it is cut, a split into blocks of rows: ``Heads(groups)`` for one of several groups,
+            ``Rows(q, k, v)`` for a fused QKV of kernel size one; None for not at all.
+    """
+
+    inner: Split | None = None
+
+    def __post_init__(self) -> None:
+        if self.inner is not None and not isinstance(self.inner, Rows | Heads | InterleavedRows):
+            raise ValueError(f"flatten({self.inner}): a convolution is cut into blocks of rows, its outputs")
 
     def __str__(self) -> str:
-        return "flatten"
+        return "flatten" if self.inner is None else f"flatten({self.inner})"
 
     def pieces(self, shape: Sequence[int]) -> tuple[Piece, ...]:
-        """One matrix."""
+        """One matrix, or its blocks."""
         _need(self, shape, len(shape) in (3, 4, 5), "three to five dims [out, in, ...]")
-        columns = 1
-        for size in shape[1:]:
-            columns *= size
-        return (Piece(1, shape[0], columns, 0),)
+        m, n = self.matrix(shape)
+        return (Piece(1, m, n, 0),) if self.inner is None else self.inner.pieces((m, n))
 
     def split(self, stack: Tensor) -> list[Tensor]:
-        """A view if the stack is contiguous."""
-        return [stack.flatten(2)]
+        """A view if the stack is contiguous, unless the matrix is cut."""
+        matrices = stack.flatten(2)
+        return [matrices] if self.inner is None else self.inner.split(matrices)
 
     def merge(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """The dims of the kernel again."""
-        return stacks[0].reshape(len(stacks[0]), *shape)
+        matrices = stacks[0] if self.inner is None else self.inner.merge(stacks, self.matrix(shape))
+        return matrices.reshape(len(matrices), *shape)
+
+    @staticmethod
+    def matrix(shape: Sequence[int]) -> tuple[int, int]:
+        """The shape of the matrix."""
+        return shape[0], math.prod(shape[1:])
 
 
 ROW_BLOCKS: tuple[type[Split], ...] = (Rows, Columns, Heads, InterleavedRows, InterleavedColumns)
 """Splits into blocks of rows, or of a transposed parameter's."""
 SPLITS: tuple[type[Split], ...] = (*ROW_BLOCKS, Experts, Flatten)
-KINDS = {
-    "rows": Rows,
-    "columns": Columns,
-    "heads": Heads,
-    "interleaved_rows": InterleavedRows,
-    "interleaved_columns": InterleavedColumns,
-}
-
-
-def parse_split(split: Split | str | Sequence[int] | None) -> Split | None:
-    """A split from its text, a sequence of rows' sizes, or a split itself.
-
-    Raises:
-        TypeError: neither a text, nor sizes, nor a split.
-        ValueError: a text that says no split, or sizes that are not positive.
-    """
-    if split is None or isinstance(split, SPLITS):
-        return split
-    if not isinstance(split, str):
-        if not isinstance(split, Iterable):
-            raise TypeError(
-                f"split={split!r} must be the sizes of blocks of rows, such as (q, k, v), or a split or its text; "
-                f"so many equal blocks are heads({split})"
-            )
-        return Rows(*split)
-    if split in ("experts", "flatten"):
-        return Experts() if split == "experts" else Flatten()
-    match = re.fullmatch(r"(\w+)\((.*)\)", split)
-    if match and match[1] == "experts":
-        inner = parse_split(match[2]) if match[2].partition("(")[0] in KINDS else None
-        if inner is None:
-            raise ValueError(f"split={split!r}: experts are cut into blocks, as in experts(rows(gate, up))")
-        return Experts(inner)
-    if match and match[1] in KINDS:
-        try:
-            arguments = ast.literal_eval(f"({match[2]},)")
-            made: Split = KINDS[match[1]](*arguments)
-        except (SyntaxError, TypeError, ValueError) as error:
-            raise ValueError(f"split={split!r} cannot be read: {error}") from error
-        return made
-    raise ValueError(
-        f"split={split!r} is unknown; write rows(q, k, v), columns(q, k, v), heads(count), "
-        "interleaved_rows((q, k, v), groups), interleaved_columns((q, k, v), groups), experts, "
-        "experts(rows(gate, up)) or flatten"
-    )
 
 
 def by_rows(split: Split) -> tuple[bool, Split]:

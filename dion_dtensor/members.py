@@ -24,15 +24,15 @@ class Form:
     """How a parameter takes part in a stack.
 
     Attributes:
-        kind: "matrix", a shard of one logical matrix; "flat", the same of a convolution; "units", shards of several
-            experts or heads; "whole", a shard of the parameter, cut by ``split`` once it is assembled, because
-            shard boundaries may cut its logical matrices.
+        kind: "matrix", a shard of one logical matrix; "units", shards of several experts or heads; "whole", a shard of
+            the parameter, cut by ``split`` once it is assembled, because shard boundaries may cut its logical matrices.
         entry: layout of one entry of the stack: a logical matrix, an expert, or the whole parameter.
         count: entries on each rank.
         numbers: which of the parameter's experts or heads this rank's entries are; fewer than ``count`` where other
             ranks hold more.
         pieces: the logical matrices by shape.
-        split: how the parameter is cut.
+        split: how the parameter is cut, or what it is flattened to.
+        flat: whether it takes part flattened to a matrix.
     """
 
     kind: str
@@ -41,6 +41,7 @@ class Form:
     numbers: tuple[int, ...]
     pieces: tuple[Piece, ...]
     split: Split | None = None
+    flat: bool = False
 
     @property
     def cut(self) -> Split | None:
@@ -80,7 +81,7 @@ def form_of(layout: StorageLayout, split: Split | None) -> Form:
     pieces = split.pieces(layout.shape)
     beyond = any(layout.axes_sharding(dim) for dim in range(1, len(layout.shape)))
     if isinstance(split, Flatten) and not beyond:
-        return Form("flat", replace(layout, shape=(pieces[0].m, pieces[0].n)), 1, (0,), pieces, split)
+        return replace(form_of(replace(layout, shape=split.matrix(layout.shape)), split.inner), flat=True)
     if isinstance(split, Experts | Heads):
         held = _units(layout, pieces[0].count if isinstance(split, Heads) else layout.shape[0])
         if held is not None:
@@ -235,10 +236,10 @@ class Member:
         """A shard of the parameter's shape, as entries ``[count, ...]`` of the stack; a view where it can be one."""
         form = self.form
         assert form is not None
+        if form.flat:
+            local = local.reshape(local.shape[0], form.entry.shape[1])
         if form.kind in ("matrix", "whole"):
             return local.unsqueeze(0)
-        if form.kind == "flat":
-            return local.reshape(1, local.shape[0], form.entry.shape[1])
         rows = local.shape[1] if local.ndim == 3 else form.entry.shape[0]
         entries = local.reshape(len(form.numbers), rows, local.shape[-1])
         missing = form.count - len(entries)
@@ -256,7 +257,8 @@ class Member:
         if dims is None:
             return own.reshape(self.local.shape)
         if self.form.kind == "units" and "rank" not in dims:
-            shape = self.local.mT.shape if self.form.across else self.local.shape
+            local = self.local[:, :1].flatten(1) if self.form.flat else self.local
+            shape = local.mT.shape if self.form.across else local.shape
             return own.reshape(*shape[:-1], 1)
         return own
 

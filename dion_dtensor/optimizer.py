@@ -20,10 +20,11 @@ from dion_dtensor.checks import check_group, check_member, check_options, unknow
 from dion_dtensor.common import DECAY, Common
 from dion_dtensor.gradients import checked_gradients
 from dion_dtensor.layout import StorageLayout
-from dion_dtensor.matrices import Heads, parse_split
+from dion_dtensor.matrices import Heads
 from dion_dtensor.members import Member, form_of
 from dion_dtensor.rules import RULES
 from dion_dtensor.sorting import make_buckets
+from dion_dtensor.split_text import parse_split
 from dion_dtensor.state import adopt, check_states, load_states, loaded_groups
 
 __all__ = ["OrthonormalOptimizer"]

@@ -30,7 +30,7 @@ class Muon(OrthonormalOptimizer):
     Args:
         params: param groups (see :func:`dion_dtensor.param_groups`), matrices ``[m, n]``, or ``(name, matrix)`` pairs.
             A group's ``split`` says how its parameters are cut into logical matrices (see
-            :mod:`dion_dtensor.matrices`).
+            :mod:`dion_dtensor.split_text`).
         lr: base learning rate, a float or a 0-d tensor.
         mu: momentum factor, in [0, 1).
         nesterov: look one momentum step ahead.

@@ -11,14 +11,15 @@ from dion_dtensor.state import WRAPPER_PREFIXES, without_wrappers
 
 __all__ = [
     "BY_HEADS",
-    "CONVOLUTION",
-    "CONVOLUTION_IN_BY_OUT",
+    "CONVOLUTIONS",
+    "CONVOLUTIONS_IN_BY_OUT",
     "CUT_AS_ASKED",
     "EMPTY",
     "EXPECTED",
     "EXPERTS_IN_BY_OUT",
     "INTERLEAVED",
     "IN_BY_OUT",
+    "IN_GROUPS",
     "NO_STACK",
     "may_hold_several",
     "plain_names",
@@ -65,7 +66,10 @@ NO_MATRIX = re.compile(
     r"^(?![wW]_)(.*_)?((bias|biases)(_\w+)?|scale|scales|gain|alpha|beta|gamma|log|freqs|queries)$(?<!weight)(?<!proj)"
 )
 HEAD, HEAD_BY_SHAPE = "output head", "output head, by its shape"
-CONVOLUTION, CONVOLUTION_IN_BY_OUT = "convolution", "transposed convolution"
+CONVOLUTION, GROUPED = "convolution", "convolution in groups"
+TRANSPOSED, TRANSPOSED_GROUPED = "transposed convolution", "transposed convolution in groups"
+CONVOLUTIONS = (CONVOLUTION, GROUPED, TRANSPOSED, TRANSPOSED_GROUPED)
+CONVOLUTIONS_IN_BY_OUT, IN_GROUPS = (TRANSPOSED, TRANSPOSED_GROUPED), (GROUPED, TRANSPOSED_GROUPED)
 DEPTHWISE = "depthwise convolution, a vector for each channel"
 BY_HEADS = "3-D, a matrix whose columns are those of heads"
 IN_BY_OUT, EXPERTS_IN_BY_OUT = "stored as [in, out]", "experts stored as [in, out]"
@@ -73,8 +77,7 @@ INTERLEAVED = "experts stored as [in, out], gate and up interleaved"
 NO_STACK, BY_NAME = "no stack of matrices", "no matrix, by its name"
 MAGNITUDES, EMPTY, VECTOR = "magnitudes of a weight norm", "empty", "no matrix, by its shape"
 CUT_AS_ASKED = (
-    CONVOLUTION,
-    CONVOLUTION_IN_BY_OUT,
+    *CONVOLUTIONS,
     DEPTHWISE,
     BY_HEADS,
     BY_NAME,
@@ -106,7 +109,8 @@ def roles(model: nn.Module) -> dict[int, str]:
         *above, last = name.removesuffix(".").split(".")
         on_top = last in TOP_HEADS and all(part in HELD for part in above)
         if isinstance(module, nn.modules.conv._ConvNd):
-            kind = CONVOLUTION_IN_BY_OUT if module.transposed else CONVOLUTION
+            whole, grouped = (TRANSPOSED, TRANSPOSED_GROUPED) if module.transposed else (CONVOLUTION, GROUPED)
+            kind = grouped if module.groups > 1 else whole
             alone = 1 < module.groups == module.in_channels == module.out_channels
             for weight in _weights(module):
                 found.setdefault(id(weight), DEPTHWISE if alone else kind)  # unless a head ends with it

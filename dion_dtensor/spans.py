@@ -9,7 +9,8 @@ from torch.distributed.tensor import Placement
 
 from dion_dtensor import placements as algebra
 from dion_dtensor.layout import owners
-from dion_dtensor.matrices import by_rows, parse_split
+from dion_dtensor.matrices import by_rows
+from dion_dtensor.split_text import parse_split
 
 __all__ = ["Span", "index_of", "rows_here", "spans"]
 

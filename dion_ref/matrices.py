@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from numbers import Integral
 from typing import Any, Protocol
 
@@ -276,15 +277,35 @@ class Experts:
 
 @dataclass(frozen=True)
 class Flatten:
-    """A convolution ``[out, in, kh, kw]`` (or of 1 or 3 spatial dims) as the matrix ``[out, in * kh * kw]``."""
+    """A convolution ``[out, in, kh, kw]`` (or of 1 or 3 spatial dims) as the matrix ``[out, in * kh * kw]``.
+
+    With ``inner`` that matrix is cut into blocks: ``Heads(groups)`` for one of several groups, whose outputs see
+    inputs of their own, ``Rows((q, k, v))`` for a fused QKV of kernel size one.
+
+    Raises:
+        TypeError: ``inner`` is neither a split nor None.
+    """
+
+    inner: Split | None = None
+
+    def __post_init__(self) -> None:
+        if self.inner is not None:
+            _need_split(self.inner)
+
+    def __repr__(self) -> str:
+        return "Flatten()" if self.inner is None else f"Flatten({self.inner!r})"
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
-        """One matrix."""
+        """One matrix, or its blocks."""
         _need_dims(self, tensor, (3, 4, 5))
-        return (tensor.flatten(1),)
+        matrix = tensor.flatten(1)
+        return (matrix,) if self.inner is None else self.inner.split(matrix)
 
     def merge(self, pieces: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """The convolution's shape again."""
+        if self.inner is not None:
+            out, *kernel = shape
+            return self.inner.merge(pieces, (out, prod(kernel))).reshape(tuple(shape))
         _need_pieces(self, pieces, 1)
         return pieces[0].clone().reshape(tuple(shape))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
 import sys
@@ -98,8 +97,6 @@ def bench(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise typer.BadParameter(f"device {device!r} is not here")
     further = tuple(contenders or ())
-    if further:
-        sys.path.insert(0, os.getcwd())
     for name in further:
         try:
             builder_of(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -65,7 +64,6 @@ def port(
     """
     console = Console() if sys.stdout.isatty() else Console(width=120)
     began = time.monotonic()
-    sys.path.insert(0, os.getcwd())
     try:
         check_targets([path for path in (json_file, junit, html) if path is not None])
         selection = selection_of(level, dtype, case, skip, xfail)

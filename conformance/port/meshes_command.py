@@ -68,7 +68,6 @@ def meshes(
 
     console = Console(quiet=not launch.is_main(), width=None if sys.stdout.isatty() else 120)
     began = time.monotonic()
-    sys.path.insert(0, os.getcwd())
     if compiled:
         os.environ["CONFORMANCE_COMPILE"] = "1"  # read by the ranks when they build the optimizer
     kept = Kept()

@@ -31,6 +31,9 @@ SHAPES: Mapping[str, tuple[int, ...]] = {
     "experts(columns(7))": (5, 6, 7),
     "experts(interleaved_columns((1, 1), 4))": (3, 6, 8),
     "flatten": (7, 3, 2, 3),
+    "flatten(heads(4))": (12, 2, 2, 2),
+    "flatten(rows(5, 3))": (8, 3, 3),
+    "flatten(interleaved_rows((9, 2, 2), 2))": (26, 3, 2, 2),
 }
 
 

@@ -183,6 +183,9 @@ SPLIT_LAYOUTS = {
     "experts(columns(7))": ["4 S0", "2x2x2 S0 S1 S2", "2x2 S0 S0"],
     "experts(interleaved_columns((1, 1), 4))": ["4 S0", "2x2 S0 S2"],
     "flatten": ["4 S0", "2x2 S0 S2"],
+    "flatten(heads(4))": ["4 S0", "3 S0", "2x2 S0 S1"],
+    "flatten(rows(5, 3))": ["4 S0", "4 S1", "2x2 S0 S2"],
+    "flatten(interleaved_rows((9, 2, 2), 2))": ["4 S0", "2x2 T0 S0", "2x2 S1 R"],
 }
 
 

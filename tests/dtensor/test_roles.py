@@ -100,8 +100,8 @@ def test_a_depthwise_convolution_is_no_matrix_unless_it_is_asked_for() -> None:
     )
     assert reasons_of(model) == {
         "conv1d.weight": "depthwise convolution, a vector for each channel",
-        "multiplied.weight": "convolution",
-        "grouped.weight": "convolution",
+        "multiplied.weight": "convolution in groups; of several? see split",
+        "grouped.weight": "convolution in groups; of several? see split",
         "up.weight": "depthwise convolution, a vector for each channel",
     }
     groups = param_groups(model, split={"conv1d": "flatten"})
@@ -109,6 +109,38 @@ def test_a_depthwise_convolution_is_no_matrix_unless_it_is_asked_for() -> None:
     assert rules["conv1d.weight"] == ("muon", "flatten")
     assert rules["up.weight"] == ("adamw", None)
     audit(Muon(groups, compile=False), strict=True)
+
+
+def test_convolutions_are_cut_by_groups_and_into_blocks() -> None:
+    model = nn.ModuleDict(
+        {
+            "grouped": nn.Conv2d(8, 12, 3, groups=4, bias=False),
+            "grouped_up": nn.ConvTranspose1d(8, 6, 2, groups=2, bias=False),
+            "to_qkv": nn.Conv2d(8, 20, 1, bias=False),
+            "depthwise": nn.Conv1d(6, 6, 2, groups=6, bias=False),
+        }
+    )
+    groups = param_groups(
+        model,
+        split={"to_qkv": (10, 5, 5)},
+        heads={r"^grouped\.": 4, "grouped_up": 2, "depthwise": 6},
+    )
+    optimizer = Muon(groups, compile=False)
+    rows = {row.name: (row.matrices, row.why) for row in audit(optimizer, strict=True).rows}
+    assert rows == {
+        "grouped.weight": ("4 of 3x18", "convolution in groups, flatten(heads(4))"),
+        "grouped_up.weight": ("2 of 4x6", "transposed convolution in groups, flatten(heads(2))"),
+        "to_qkv.weight": ("1 of 10x8, 1 of 5x8, 1 of 5x8", "convolution, flatten(rows(10, 5, 5))"),
+        "depthwise.weight": (
+            "6 of 1x2",
+            "depthwise convolution, a vector for each channel, flatten(heads(6))",
+        ),
+    }
+    assert [g["split"] for g in groups if g.get("weight_storage") == "in_out"] == ["flatten(heads(2))"]
+    bare = nn.ParameterDict({"kernel": nn.Parameter(torch.ones(6, 2, 3, 3))})
+    assert [group["split"] for group in param_groups(bare, heads={"kernel": 2})] == ["flatten(heads(2))"]
+    with pytest.raises(ValueError, match=r"to_qkv.weight.*a matrix of 7 rows, not the shape \[20, 8\]"):
+        param_groups(model, split={"to_qkv": (3, 4)})
 
 
 def test_columns_by_heads_are_one_matrix() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dion_dtensor import Dion, Dion2, Dion3, Muon
-from dion_dtensor.matrices import parse_split
+from dion_dtensor.split_text import parse_split
 from dion_ref import ALGORITHMS
 from dion_ref import matrices as oracle
 from tests.dtensor.split_programs import SHAPES, split_steps, tensors
@@ -29,6 +29,9 @@ ORACLE_SPLITS: dict[str, Any] = {
     "experts(columns(7))": oracle.Experts(oracle.Columns((7,))),
     "experts(interleaved_columns((1, 1), 4))": oracle.Experts(oracle.InterleavedColumns((1, 1), 4)),
     "flatten": oracle.Flatten(),
+    "flatten(heads(4))": oracle.Flatten(oracle.Heads(4)),
+    "flatten(rows(5, 3))": oracle.Flatten(oracle.Rows((5, 3))),
+    "flatten(interleaved_rows((9, 2, 2), 2))": oracle.Flatten(oracle.InterleavedRows((9, 2, 2), 2)),
 }
 HYPERS: dict[str, dict[str, Any]] = {
     "muon": {},
@@ -91,6 +94,9 @@ def test_merge_undoes_split(split: str) -> None:
         ("interleaved_rows((1, 1), 0)", (8, 4), "needs positive integers for groups, not 0"),
         ("heads(0)", (8, 5), "needs positive integers for count"),
         ("flatten", (8, 5), "three to five dims"),
+        ("heads(4)", (8, 5, 3, 3), "cut by 'flatten\\(heads\\(4\\)\\)'"),
+        ("flatten(columns(8))", (8, 5, 3, 3), "a convolution is cut into blocks of rows"),
+        ("flatten(experts)", (8, 5, 3, 3), "as in flatten\\(heads\\(groups\\)\\)"),
         ("columns(3, 4)", (5, 8), "needs a matrix of 7 columns, not the shape \\[5, 8\\]"),
         ("stripes(3)", (8, 5), "is unknown; write rows"),
         ("rows(a)", (8, 5), "cannot be read"),
@@ -103,6 +109,30 @@ def test_a_split_that_does_not_fit_is_refused_by_name(
     group = {"params": [("fused.weight", torch.nn.Parameter(torch.ones(shape)))], "split": split}
     with pytest.raises(ValueError, match=message):
         Muon([group])
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_groups_of_a_convolution_step_like_convolutions_of_their_own(
+    memory_format: torch.memory_format,
+) -> None:
+    """Compiled, in both memory formats."""
+    weight, grad = tensors((12, 2, 3, 3), 2, torch.float32)
+
+    def stepped(group: dict[str, Any], grads: list[torch.Tensor]) -> list[torch.Tensor]:
+        parameters = [p for _, p in group["params"]]
+        for parameter, own in zip(parameters, grads, strict=True):
+            parameter.grad = own.clone(memory_format=memory_format)
+        Muon([group], lr=0.05, weight_decay=0.1).step()
+        return [p.detach() for p in parameters]
+
+    def named(values: list[torch.Tensor]) -> list[tuple[str, torch.nn.Parameter]]:
+        return [
+            (str(i), torch.nn.Parameter(v.clone(memory_format=memory_format))) for i, v in enumerate(values)
+        ]
+
+    (together,) = stepped({"params": named([weight]), "split": "flatten(heads(4))"}, [grad])
+    apart = stepped({"params": named(list(weight.chunk(4))), "split": "flatten"}, list(grad.chunk(4)))
+    torch.testing.assert_close(together, torch.cat(apart), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["dion", "orth_dion"])

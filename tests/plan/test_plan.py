@@ -284,3 +284,15 @@ def test_bad_input_is_refused(arguments: list[str]) -> None:
     result = CliRunner().invoke(app, ["plan", *arguments])
     assert result.exit_code == 2
     assert "Traceback" not in result.output
+
+
+def test_a_model_of_a_module_in_this_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lying_here.py").write_text(
+        "from torch import nn\ndef build():\n    return nn.Linear(32, 16)\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    arguments = ["plan", "--model", "lying_here:build", "--mesh", "2", "--optimizer", "muon"]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert "lying_here:build" in result.output

@@ -35,6 +35,8 @@ SPLITS = [
     (Flatten(), (4, 3, 2, 2), [(4, 12)]),
     (Flatten(), (4, 3, 2), [(4, 6)]),
     (Flatten(), (4, 3, 2, 2, 2), [(4, 24)]),
+    (Flatten(Heads(2)), (4, 3, 2, 2), [(2, 2, 12)]),
+    (Flatten(Rows((3, 1))), (4, 3, 2), [(3, 6), (1, 6)]),
 ]
 IDS = [f"{type(split).__name__}-{len(shape)}d-{index}" for index, (split, shape, _) in enumerate(SPLITS)]
 
@@ -153,6 +155,7 @@ BAD = [
     (Experts(Rows((2, 3))), (2, 4, 5), "needs 5 rows"),
     (InterleavedColumns((2, 1), groups=2), (6, 5), "needs 6 columns"),
     (Flatten(), (4, 5), "needs a tensor of 3 or 4 or 5 dims"),
+    (Flatten(Heads(3)), (4, 5, 2), "needs rows divisible by 3"),
 ]
 
 
