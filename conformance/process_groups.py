@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from contextlib import nullcontext
 from typing import Any
 
@@ -21,8 +22,33 @@ def whole(tensor: Tensor) -> Tensor:
     those of the flat mesh (seen with 2.14).
     """
     tensor = tensor.detach()
-    with getattr(_redistribute, "disable_redistribute_transform_optimization", nullcontext)():
+    with _apart:
         return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
+
+
+class _Apart:
+    """Torch merges no collectives while a thread is inside; its own context would outlast those that overlap."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside = threading.Lock(), 0
+        self._context: Any = None
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                make = getattr(_redistribute, "disable_redistribute_transform_optimization", nullcontext)
+                self._context = make()
+                self._context.__enter__()
+            self._inside += 1
+
+    def __exit__(self, *error: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._context.__exit__(None, None, None)
+
+
+_apart = _Apart()
 
 
 def shared_mesh(sizes: tuple[int, ...], names: tuple[str, ...], device: str = "cpu") -> DeviceMesh:

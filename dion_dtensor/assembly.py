@@ -47,7 +47,7 @@ def whole_dim(tensor: Tensor, dim: int) -> Tensor:
     """``tensor`` with ``dim`` assembled on every rank (all-gather over the axes that shard it); the rest stays."""
     if not isinstance(tensor, DTensor):
         return tensor
-    for placements in algebra.ways_to_whole(tensor.placements, dim % tensor.ndim):
+    for placements in algebra.ways_to_whole(tensor.placements, dim % tensor.ndim, tensor.device_mesh):
         tensor = tensor.redistribute(placements=placements)
     return tensor
 
@@ -63,7 +63,9 @@ def reduced(tensor: Tensor) -> Tensor:
     """``tensor`` with every pending reduction done (all-reduce over its ``Partial`` axes)."""
     if not isinstance(tensor, DTensor):
         return tensor
-    return tensor.redistribute(placements=algebra.of_reduced(tensor.placements))
+    for placements in algebra.ways_to_reduced(tensor.placements):
+        tensor = tensor.redistribute(placements=placements)
+    return tensor
 
 
 def averaged(local: Tensor, layout: StorageLayout, axes: Sequence[int]) -> Tensor:

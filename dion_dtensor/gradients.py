@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dion_dtensor.assembly import agreed_maximum, local_of, own_shard
 from dion_dtensor.buckets import Bucket
-from dion_dtensor.layout import StorageLayout, has_partial, is_simulated
+from dion_dtensor.layout import StorageLayout, has_partial
 from dion_dtensor.members import Member
 
 __all__ = ["agreed", "checked_gradients"]
@@ -185,9 +185,7 @@ def _codes(members: Sequence[Member]) -> list[int]:
 
 def _finite(grads: Sequence[Tensor]) -> list[bool]:
     """Whether all values are finite, of each of some tensors of one dtype on one device."""
-    # Of simulated ranks some may hold nothing where others do.
-    plain = grads[0].device.type == "cpu" and not any(map(is_simulated, grads))
-    return by_extremes(grads) if plain else by_norms(grads)
+    return by_extremes(grads) if grads[0].device.type == "cpu" else by_norms(grads)
 
 
 def by_extremes(grads: Sequence[Tensor]) -> list[bool]:

@@ -20,9 +20,9 @@ __all__ = [
     "StorageLayout",
     "compute_placements",
     "contiguous_stride",
-    "is_simulated",
     "joined",
     "move_shard",
+    "outer_first",
     "owners",
     "shard_dim",
     "sharing_axes",
@@ -213,7 +213,7 @@ def owners(
     Returns:
         By coordinates on those axes, the indices in the order in which the local shard has them.
     """
-    order, runs = _outer_first(sizes, placements)
+    order, runs = outer_first(sizes, placements)
     held: dict[tuple[int, ...], Tensor] = {(): torch.arange(size, device="cpu")}
     for axis in order:
         way: Any = Shard(0) if runs[axis] == 1 else _StridedShard(0, split_factor=runs[axis])
@@ -228,7 +228,7 @@ def owners(
     }
 
 
-def _outer_first(sizes: Sequence[int], placements: Sequence[Placement]) -> tuple[list[int], dict[int, int]]:
+def outer_first(sizes: Sequence[int], placements: Sequence[Placement]) -> tuple[list[int], dict[int, int]]:
     """The axes that shard one dim in the order in which they cut it, and into how many runs each of them does.
 
     From left to right, but a strided shard cuts what later axes left, as many as make its ``split_factor`` ranks.  Its
@@ -276,11 +276,6 @@ def sharing_axes(mesh: DeviceMesh, axes: Sequence[int], count: int) -> tuple[tup
             split.append(axis)
             ranks *= size
     return tuple(split), ranks
-
-
-def is_simulated(local: Tensor) -> bool:
-    """Whether ``local`` plays several ranks at once (torch's ``LocalTensor``), each with a shape of its own."""
-    return hasattr(local, "_local_tensors")
 
 
 def has_partial(placements: Sequence[Placement]) -> bool:

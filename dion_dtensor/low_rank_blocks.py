@@ -25,7 +25,6 @@ from dion_dtensor.assembly import (
     reduced,
     whole_dim,
 )
-from dion_dtensor.layout import is_simulated
 from dion_dtensor.matrices import Split, by_rows
 from dion_dtensor.orthonormalize import orthonormal_basis
 from dion_dtensor.spans import Span, index_of, spans
@@ -56,8 +55,7 @@ def on_blocks(
         direction, kept, new = _on_blocks(momentum, factors, hyper, split, outer)
         return direction, kept, *new
 
-    # Simulated ranks have other rows each, and share the code that is made for those held here.
-    if is_simulated(local_of(momentum)) or (hyper.path == "assemble" and not is_pending(momentum)):
+    if hyper.path == "assemble" and not is_pending(momentum):
         likes = (0, 0, *range(1, len(factors) + 1))
         direction, kept, *new = on_whole_matrices(whole, momentum, *factors, likes=likes)
         return direction, kept, new

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
-from dion_dtensor.layout import move_shard, shard_dim
+from dion_dtensor.layout import move_shard, outer_first, shard_dim
 
 __all__ = [
     "axes_holding_copies",
@@ -25,10 +26,10 @@ __all__ = [
     "of_product",
     "of_reduced",
     "of_transposed",
-    "of_whole_dim",
     "order_of_moves",
     "same",
     "suit",
+    "ways_to_reduced",
     "ways_to_whole",
 ]
 
@@ -69,6 +70,16 @@ def of_reduced(placements: Placements) -> Placements:
 
 
 @constant
+def ways_to_reduced(placements: Placements) -> tuple[Placements, ...]:
+    """What comes after each of the reductions, one axis after the other; of several at once torch warns."""
+    pending = [axis for axis, p in enumerate(placements) if isinstance(p, Partial)]
+    return tuple(
+        tuple(Replicate() if axis in pending[:count] else p for axis, p in enumerate(placements))
+        for count in range(1, len(pending) + 1)
+    )
+
+
+@constant
 def of_apart(placements: Placements) -> Placements:
     """Axes whose ranks hold different matrices left alone, as if they held the same."""
     return tuple(Replicate() if shard_dim(p) == 0 else p for p in placements)
@@ -101,23 +112,22 @@ def of_exchanged(placements: Placements, split: tuple[int, ...]) -> Placements:
     )
 
 
-@constant
-def of_whole_dim(placements: Placements, dim: int) -> Placements:
-    """``dim`` assembled on every rank."""
-    return tuple(Replicate() if shard_dim(p) == dim else p for p in placements)
+def _inner_first(placements: Placements, dim: int, mesh: DeviceMesh) -> list[int]:
+    """The axes that shard ``dim``, the one that cuts the smallest pieces first."""
+    axes = axes_sharding(placements, dim)
+    order, _ = outer_first([mesh.size(axis) for axis in axes], [placements[axis] for axis in axes])
+    return [axes[place] for place in reversed(order)]
 
 
 @constant
-def ways_to_whole(placements: Placements, dim: int) -> tuple[Placements, ...]:
+def ways_to_whole(placements: Placements, dim: int, mesh: DeviceMesh) -> tuple[Placements, ...]:
     """What comes after each of the redistributions that assemble ``dim``, the inner axis first.
 
     One after the other: where a mesh has been flattened, torch makes one gather of those over its axes, and takes
-    uneven shards for shards of the flat mesh (seen with 2.14).  Strided shards it gathers apart.
+    uneven shards for shards of the flat mesh (seen with 2.14); where it has not, torch warns of several gathers.
     """
-    axes, current, found = axes_sharding(placements, dim), list(placements), []
-    if not all(type(placements[axis]) is Shard for axis in axes):
-        return (of_whole_dim(placements, dim),)
-    for axis in reversed(axes):
+    current, found = list(placements), []
+    for axis in _inner_first(placements, dim, mesh):
         current[axis] = Replicate()
         found.append(tuple(current))
     return tuple(found)
@@ -133,7 +143,7 @@ def of_pending(placements: Placements, dims: tuple[int, ...], operation: str) ->
 
 
 @constant
-def order_of_moves(placements: Placements, target: Placements) -> tuple[int, ...]:
+def order_of_moves(placements: Placements, target: Placements, mesh: DeviceMesh) -> tuple[int, ...]:
     """The axes in the order in which to change them one by one from ``placements`` to ``target``, least bytes first.
 
     A redistribution of several axes at once may gather what an exchange on each axis would do.  First the axes that
@@ -149,15 +159,17 @@ def order_of_moves(placements: Placements, target: Placements) -> tuple[int, ...
     order = [axis for axis in range(len(placements)) if shard_dim(placements[axis]) is None]
     order.sort(key=rank)
     shared = [axis for axis in order if rank(axis)[0] < 2]
-    # The inner one first: a strided shard cuts what the later axes left of its dim.
-    left = [axis for axis in range(len(placements)) if axis not in order]
-    left.sort(key=lambda axis: (1, -axis) if type(placements[axis]) is Shard else (0, axis))
+    dims = {dim for placement in placements if (dim := shard_dim(placement)) is not None}
+    left = [_inner_first(placements, dim, mesh) for dim in sorted(dims)]
+
+    def after(axes: list[int]) -> tuple[bool, bool, int]:
+        axis = axes[0]
+        plain = type(placements[axis]) is Shard
+        return not isinstance(target[axis], Shard), plain, -axis if plain else axis
+
     inner_first = []
-    while left:
-        heads = {shard_dim(placements[axis]): axis for axis in reversed(left)}.values()
-        head = min(heads, key=lambda axis: (not isinstance(target[axis], Shard), left.index(axis)))
-        inner_first.append(head)
-        left.remove(head)
+    while left := [axes for axes in left if axes]:
+        inner_first.append(min(left, key=after).pop(0))
     return (*shared, *inner_first, *order[len(shared) :])
 
 

@@ -56,7 +56,7 @@ def on_whole_matrices(
     target, ranks = compute_placements(mesh, stack.placements, count)
     padding = -count % ranks
     # One order for all, since it says which rank works on which matrix.
-    order = algebra.order_of_moves(algebra.of_apart(stack.placements), target)
+    order = algebra.order_of_moves(algebra.of_apart(stack.placements), target, mesh)
     stays = not algebra.moves(algebra.of_apart(stack.placements), target, order)
     turns = [count] if stays else in_turns(stack, stack.shape[1], ranks, count + padding)
 
@@ -152,7 +152,7 @@ def _started(
     if mesh.size(axis) == 1:
         return before
     local = before()
-    if exchanges(local, axis, old, new):
+    if exchanges(axis, old, new):
         return start_exchange(local, mesh, axis, old, new, shape)
     return _here(from_local(local, mesh, old, shape).redistribute(placements=new).to_local())
 

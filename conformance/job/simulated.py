@@ -1,17 +1,15 @@
-"""One step on meshes larger than this machine: one process plays all ranks (`LocalTensorMode`)."""
+"""One step on meshes larger than this machine: the ranks are threads of one process."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import HashStore
-from torch.distributed._local_tensor import LocalTensor, LocalTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
@@ -26,10 +24,12 @@ from conformance.job.training import cpu_seconds, layouts_of, make_optimizer, qu
 from conformance.launch import Rank
 from conformance.meshes import SIMULATED as MESHES
 from conformance.meshes import Mesh
+from conformance.process_groups import whole
+from conformance.rank_threads import on_threads
 from dion_ref import ALGORITHMS
 
 SHAPE = GPTShape(width=64, layers=1, heads=4)
-"""Smaller than the job's: one process computes what up to 64 ranks would. Every layout divides evenly."""
+"""Smaller than the job's: one process computes what up to 64 ranks would."""
 OUTSIDE = ("embedding.", "position.", "head.")
 """Trained, but not judged: they are laid out as the norms are, and cost as much as all the rest."""
 WARM_UP = 2  # steps of the oracle before the one that is judged, for a state that is not zero
@@ -46,7 +46,7 @@ class Snapshot:
 
 
 def simulate(rank: Rank, settings: Settings) -> None:
-    """Judges one float64 step of every matrix optimizer on every simulated mesh; emits Started and Row.
+    """Judges one float64 step of every optimizer on every simulated mesh; emits Started and Row.
 
     With several ranks (local processes without a process group) each takes a part of the cases.
     """
@@ -54,21 +54,18 @@ def simulate(rank: Rank, settings: Settings) -> None:
     snapshots: dict[str, Snapshot] = {}
     for optimizer, name in cases(settings)[rank.index :: rank.count]:
         mesh, setting = MESHES[name], OPTIMIZERS[optimizer]
-        dist.init_process_group("fake", rank=0, world_size=mesh.ranks, store=HashStore())
         rank.emit(Started(optimizer, "float64", mesh.label, 1))
         if optimizer not in snapshots:
             snapshots[optimizer] = take_snapshot(setting, settings)
         rank.emit(_judge_mesh(setting, settings, mesh, snapshots[optimizer]))
-        dist.destroy_process_group()
 
 
 def cases(settings: Settings) -> list[tuple[str, str]]:
-    """(optimizer, mesh) of every simulated row: the matrix optimizers on each mesh.
+    """(optimizer, mesh) of every simulated row: all optimizers on each mesh.
 
     Every other mesh has them in the opposite order, so that two processes get equal shares.
     """
-    matrix = [name for name in settings.optimizers if OPTIMIZERS[name].algorithm != OPTIMIZERS[name].scalar]
-    order = {0: matrix, 1: matrix[::-1]}
+    order = {0: settings.optimizers, 1: settings.optimizers[::-1]}
     return [(optimizer, mesh) for place, mesh in enumerate(settings.meshes) for optimizer in order[place % 2]]
 
 
@@ -120,19 +117,6 @@ def _distribute(value: Tensor, mesh: DeviceMesh, placements: tuple[Placement, ..
     return whole.redistribute(placements=placements)
 
 
-def _whole(value: Tensor) -> Tensor:
-    """The whole plain tensor, which must be the same on every simulated rank.
-
-    Raises:
-        RuntimeError: the ranks disagree.
-    """
-    full: Any = value.full_tensor() if isinstance(value, DTensor) else value
-    if isinstance(full, LocalTensor):
-        return full.reconcile()
-    assert isinstance(full, Tensor)
-    return full
-
-
 class _Named(nn.Module):
     """Modules named like the model's, holding DTensor parameters: what `param_groups` needs to see."""
 
@@ -148,37 +132,63 @@ class _Named(nn.Module):
             module.register_parameter(last, nn.Parameter(value))
 
 
+@dataclass(frozen=True)
+class _Stepped:
+    """What a rank has after the step: whole weights and states, the seconds it took, and how its shards lie."""
+
+    weights: dict[str, Tensor]
+    states: dict[str, dict[str, Tensor]]
+    seconds: float
+    layouts: dict[str, int]
+
+
+def _step(setting: OptimizerSetting, settings: Settings, described: Mesh, snapshot: Snapshot) -> _Stepped:
+    """The step of one rank."""
+    mesh = init_device_mesh("cpu", described.sizes, mesh_dim_names=described.names)
+    laid = {n: _distribute(w, mesh, placements_for(n, described)) for n, w in snapshot.weights.items()}
+    model = _Named(laid)
+    optimizer = make_optimizer(model, setting, DTYPES["float64"], replace(settings, compile=False))
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        parameter.grad = _distribute(snapshot.grads[name], mesh, placements_for(name, described))
+    _load(optimizer, parameters, snapshot)
+    began = time.perf_counter()
+    optimizer.step()
+    seconds = time.perf_counter() - began
+    weights = {name: whole(parameter.detach()) for name, parameter in parameters.items()}
+    states = {
+        name: {key: whole(value) for key, value in optimizer.state[parameter].items() if key != "step"}
+        for name, parameter in parameters.items()
+    }
+    return _Stepped(weights, states, seconds, layouts_of(parameters))
+
+
+def _need_agreement(ranks: list[_Stepped]) -> None:
+    """Refuse ranks of which one has other weights or states than the first.
+
+    Raises:
+        RuntimeError: naming the parameter.
+    """
+    first = ranks[0]
+    for index, rank in enumerate(ranks):
+        for name, weight in rank.weights.items():
+            own = {"weight": weight, **rank.states[name]}
+            for key, value in {"weight": first.weights[name], **first.states[name]}.items():
+                if not torch.equal(own[key], value):
+                    raise RuntimeError(f"{name}: rank {index} has another {key} than rank 0 after the step")
+
+
 def _judge_mesh(setting: OptimizerSetting, settings: Settings, described: Mesh, snapshot: Snapshot) -> Row:
     began, cpu_began = time.perf_counter(), cpu_seconds()
-    dtype = DTYPES["float64"]
-    judge = Judge(setting, dtype, seed=settings.seed)
-    with LocalTensorMode(described.ranks):
-        mesh = init_device_mesh("cpu", described.sizes, mesh_dim_names=described.names)
-        laid = {n: _distribute(w, mesh, placements_for(n, described)) for n, w in snapshot.weights.items()}
-        model = _Named(laid)
-        optimizer = make_optimizer(model, setting, dtype, replace(settings, compile=False))
-        for group in optimizer.param_groups:
-            if (
-                "path" in group
-            ):  # the exchange of rows asks each rank for itself, and a simulation is one process
-                group["path"] = "assemble"
-        parameters = dict(model.named_parameters())
-        for name, parameter in parameters.items():
-            parameter.grad = _distribute(snapshot.grads[name], mesh, placements_for(name, described))
-        _load(optimizer, parameters, snapshot)
-        stepped = time.perf_counter()
-        optimizer.step()
-        seconds = time.perf_counter() - stepped
-        weights = {name: _whole(parameter.detach()) for name, parameter in parameters.items()}
-        states = {
-            name: {key: _whole(value) for key, value in optimizer.state[parameter].items() if key != "step"}
-            for name, parameter in parameters.items()
-        }
-    for name, weight in weights.items():
+    judge = Judge(setting, DTYPES["float64"], seed=settings.seed)
+    ranks = on_threads(partial(_step, setting, settings, described, snapshot), described.ranks)
+    _need_agreement(ranks)
+    first = ranks[0]
+    for name, weight in first.weights.items():
         before = snapshot.states[name]
         old = {key: value for key, value in before.items() if key != "step"}
         count = int(before.get("step", WARM_UP))
-        step = Step(snapshot.weights[name], snapshot.grads[name], old, weight, states[name], count)
+        step = Step(snapshot.weights[name], snapshot.grads[name], old, weight, first.states[name], count)
         judge.step(name, step)
     return Row(
         optimizer=setting.name,
@@ -188,9 +198,9 @@ def _judge_mesh(setting: OptimizerSetting, settings: Settings, described: Mesh, 
         series=tuple(judge.series()),
         losses=(),
         seconds=time.perf_counter() - began,
-        first_step_seconds=seconds,
-        step_seconds=seconds,
-        layouts=layouts_of(parameters),
+        first_step_seconds=first.seconds,
+        step_seconds=first.seconds,
+        layouts=first.layouts,
         cpu_seconds=cpu_seconds() - cpu_began,
     )
 

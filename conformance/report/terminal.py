@@ -57,7 +57,8 @@ class Monitor:
         """The rows: trained ones as they came, then simulated ones by mesh."""
         trained = [row for row in self.rows if row.kind != SIMULATED]
         simulated = [row for row in self.rows if row.kind == SIMULATED]
-        return trained + sorted(simulated, key=lambda row: (row.optimizer != "muon", row.mesh))
+        names = [row.optimizer for row in trained]
+        return trained + sorted(simulated, key=lambda row: (names.index(row.optimizer), row.mesh))
 
     def _advance(self) -> None:
         self._progress.advance(self._task)

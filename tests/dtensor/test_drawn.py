@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from conformance.rank_threads import on_threads
 from tests.dtensor.layouts import Layout
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
@@ -58,12 +61,21 @@ def drawn_splits(draw: st.DrawFn, shape: tuple[int, int]) -> str | None:
     return f"{kind}({sizes})"
 
 
+FEW_RANKS = st.sampled_from([(2,), (3,), (4,), (2, 2), (2, 3), (4, 2), (2, 2, 2)])
+# Of axes of any sizes, ones among them; each rank is a thread.
+MORE_RANKS = (
+    st.lists(st.integers(1, 7), min_size=1, max_size=4).map(tuple).filter(lambda mesh: math.prod(mesh) <= 16)
+)
+
+
 @st.composite
-def drawn(draw: st.DrawFn) -> Drawn:
+def drawn(draw: st.DrawFn, meshes: st.SearchStrategy[tuple[int, ...]] = FEW_RANKS) -> Drawn:
     """Any combination."""
-    mesh = draw(st.sampled_from([(2,), (3,), (4,), (2, 2), (2, 3), (4, 2), (2, 2, 2)]))
+    mesh = draw(meshes)
     experts = draw(st.sampled_from([0, 0, 0, 1, 2, 5]))
-    codes = [draw(st.sampled_from(["R", "S0", "S1", *(["S2"] if experts else [])])) for _ in mesh]
+    kernel = () if experts else draw(st.sampled_from([(), (), (), (2,), (1, 3)]))
+    beyond = ["S2"] if experts or kernel else []
+    codes = [draw(st.sampled_from(["R", "S0", "S1", *beyond])) for _ in mesh]
     last = len(mesh) - 1
     if last and codes[last][0] == "S" and draw(st.booleans()):  # as FSDP2 shards what is tensor parallel
         codes[last - 1] = "T" + codes[last][1]
@@ -72,13 +84,17 @@ def drawn(draw: st.DrawFn) -> Drawn:
     shape = (experts, *matrix) if experts else matrix
     if experts:
         split = "experts" if split is None else f"experts({split})"
+    if kernel:  # whose columns are no outputs
+        shape = (*matrix, *kernel)
+        split = "flatten" if split is None or "columns" in split else f"flatten({split})"
     dtype, compute_dtype = draw(st.sampled_from(COMPUTED))
     name, count = draw(st.sampled_from(EVERY)), draw(st.integers(1, 5))
     path = draw(st.sampled_from(["auto", "low_rank", "assemble"]))
     return Drawn(name, Layout(mesh, tuple(codes)), shape, count, split, path, dtype, compute_dtype)
 
 
-def check(ranks: Ranks, case: Drawn) -> None:
+def check(ranks: Ranks | None, case: Drawn) -> None:
+    """On processes, or on threads."""
     options = {
         "compile": False, "shapes": (case.shape,) * case.count, "split": case.split, "dtype": case.dtype,
         "compute_dtype": case.compute_dtype, "steps": 1,
@@ -88,7 +104,11 @@ def check(ranks: Ranks, case: Drawn) -> None:
         options["path"] = case.path
     expected = on_one_thread(run_steps, case.name, None, **options)
     bounds = LOW_RANK if low_rank else WHOLE
-    for result in ranks.run(case.where.world, run_steps_with, case.name, case.where, options):
+    if ranks is None:
+        results = on_threads(partial(run_steps_with, case.name, case.where, options), case.where.world)
+    else:
+        results = ranks.run(case.where.world, run_steps_with, case.name, case.where, options)
+    for result in results:
         for ours, theirs in zip(result["weight"], expected["weight"], strict=True):
             assert error(ours, theirs) <= bounds[case.compute_dtype]
 
@@ -107,6 +127,19 @@ def test_any_mesh_placements_shape_split_and_dtype(ranks: Ranks, case: Drawn) ->
 def test_any_split_in_float64_has_the_bits_of_one_device(ranks: Ranks, case: Drawn) -> None:
     name = {"dion": "dion2", "orth_dion": "dion3"}.get(case.name, case.name)
     check(ranks, replace(case, name=name, dtype=torch.float64, compute_dtype=torch.float64))
+
+
+@given(case=drawn(MORE_RANKS))
+@settings(SETTINGS, max_examples=80, derandomize=True)
+def test_any_mesh_of_more_ranks(case: Drawn) -> None:
+    check(None, case)
+
+
+@pytest.mark.slow
+@given(case=drawn(MORE_RANKS))
+@settings(SETTINGS, max_examples=1500)
+def test_any_mesh_of_more_ranks_at_length(case: Drawn) -> None:
+    check(None, case)
 
 
 @pytest.mark.slow
