@@ -28,6 +28,7 @@ from torch._C._distributed_c10d import TCPStore
 from conformance.joined import joined_environment, run_joined
 from conformance.ranks import (
     GRACE_SECONDS,
+    THREADS,
     Rank,
     RankFailedError,
     backend_of,
@@ -86,18 +87,24 @@ def run(
     Args:
         function: importable by name; its result must be picklable.
         argument: picklable; the same for every rank.
-        ranks: number of local processes. Ignored under another launcher, whose ranks are taken.
+        ranks: number of local processes, or threads. Ignored under another launcher, whose ranks are taken.
         device: "cpu" (gloo) or "cuda" (NCCL, one GPU a local rank).
         on_event: called with (rank, event) for every `Rank.emit`.
         process_group: set up the default process group. Without it, ranks are always local processes.
         timeout: seconds that a collective may take.
         preload: modules imported once, before the ranks are forked from that process.
-        backend: "gloo" on "cuda" lets ranks share GPUs; None for the device's own.
+        backend: "gloo" on "cuda" lets ranks share GPUs; "threads" makes them threads of one process, without a limit
+            to the time of a collective; None for the device's own.
 
     Raises:
+        RuntimeError: threads under another launcher.
         RankFailedError: a rank raised or died; every other rank has been ended.
     """
     environment = joined_environment()
+    if backend == THREADS:
+        if environment is not None:
+            raise RuntimeError("ranks that another launcher has started cannot be threads of one process")
+        return _run_on_threads(_Together(function, argument, ranks), on_event, preload)
     if process_group and environment is not None:
         return run_joined(function, argument, environment, device, on_event, timeout, backend)
     os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -120,6 +127,61 @@ def run(
     finally:
         _end(watched)
     return [one.result for one in watched]  # type: ignore[misc]
+
+
+@dataclass(frozen=True)
+class _Together:
+    """What is called on as many threads of one process."""
+
+    function: Callable[[Rank, Any], Any]
+    argument: Any
+    ranks: int
+
+
+@dataclass(frozen=True)
+class _Raised:
+    """What a thread raised: one line, and the whole traceback."""
+
+    line: str
+    details: str
+
+
+def _run_on_threads(
+    job: _Together, on_event: Callable[[int, object], None] | None, preload: Sequence[str]
+) -> list[Any]:
+    """A process of its own, which a watch may end."""
+    errors: dict[int, tuple[str, str]] = {}
+
+    def relayed(_: int, event: Any) -> None:
+        index, what = event
+        if isinstance(what, _Raised):
+            errors[index] = (what.line, what.details)
+        elif on_event is not None:
+            on_event(index, what)
+
+    try:
+        (results,) = run(_on_threads, job, ranks=1, on_event=relayed, process_group=False, preload=preload)
+    except RankFailedError:
+        if errors:
+            raise likely_cause(errors) from None
+        raise
+    return results
+
+
+def _on_threads(rank: Rank, job: _Together) -> list[Any]:
+    """The body of that process."""
+    from conformance.rank_threads import on_threads  # torch's testing package: only where it is asked for
+
+    def one() -> Any:
+        index = dist.get_rank()
+        own = Rank(index, job.ranks, rank.device, lambda event: rank.emit((index, event)))
+        try:
+            return job.function(own, job.argument)
+        except Exception as error:
+            own.emit(_Raised(one_line(error), traceback.format_exc()))
+            raise
+
+    return on_threads(one, job.ranks, timeout=None)
 
 
 def _local_store() -> TCPStore:

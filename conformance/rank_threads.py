@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -26,7 +25,7 @@ isolate_threads: Any = _distributed_c10d._set_thread_isolation_mode  # type: ign
 _THREADS: list[ThreadPoolExecutor] = []
 
 
-def on_threads(function: Callable[[], Result], ranks: int, timeout: float = 600.0) -> list[Result]:
+def on_threads(function: Callable[[], Result], ranks: int, timeout: float | None = 600.0) -> list[Result]:
     """Call ``function`` once on each rank, with a default process group of all of them.
 
     Tensors are on the CPU, on one thread a rank. The caller must not use ``torch.distributed`` meanwhile.
@@ -34,7 +33,7 @@ def on_threads(function: Callable[[], Result], ranks: int, timeout: float = 600.
     Args:
         function: of no arguments; ``dist.get_rank()`` says where it runs.
         ranks: how many.
-        timeout: seconds until ranks that still run count as hanging.
+        timeout: seconds until ranks that still run count as hanging; None for never.
 
     Returns:
         What it returned, by rank.
@@ -51,9 +50,7 @@ def on_threads(function: Callable[[], Result], ranks: int, timeout: float = 600.
     if not hasattr(world, "comms"):
         world.comms = []  # torch 2.11 forgot it, and looks for it when a group is destroyed
     try:
-        futures = [
-            _THREADS[rank].submit(_on_rank, function, rank, ranks, store, timeout) for rank in range(ranks)
-        ]
+        futures = [_THREADS[rank].submit(_on_rank, function, rank, ranks, store) for rank in range(ranks)]
         _, running = wait(futures, timeout, return_when=FIRST_EXCEPTION)
         if running:
             _stop_waiting(running)
@@ -69,10 +66,9 @@ def on_threads(function: Callable[[], Result], ranks: int, timeout: float = 600.
         torch.set_num_threads(before)
 
 
-def _on_rank(function: Callable[[], Result], rank: int, ranks: int, store: Store, timeout: float) -> Result:
+def _on_rank(function: Callable[[], Result], rank: int, ranks: int, store: Store) -> Result:
     torch.set_num_threads(1)
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group("threaded", rank=rank, world_size=ranks, store=store, timeout=limit)
+    dist.init_process_group("threaded", rank=rank, world_size=ranks, store=store)
     try:
         return function()
     finally:

@@ -63,7 +63,9 @@ def one_line(error: BaseException, limit: int = 600) -> str:
     return f"{type(error).__name__}: {message}" if message else type(error).__name__
 
 
-BACKENDS = {"cpu": ("gloo",), "cuda": ("nccl", "gloo")}
+THREADS = "threads"
+"""Ranks that are threads of one process, for meshes larger than this machine."""
+BACKENDS = {"cpu": ("gloo", THREADS), "cuda": ("nccl", "gloo")}
 """By device, the usual backend first."""
 STAGED_GLOO = "staged_gloo"
 """gloo that goes by the host, for ranks that share GPUs."""

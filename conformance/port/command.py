@@ -42,7 +42,10 @@ def port(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[
         str | None,
-        typer.Option(help="gloo (on cuda: ranks share GPUs) or nccl (cuda).  [default: by device]"),
+        typer.Option(
+            help="gloo (on cuda: ranks share GPUs), nccl (cuda), or threads (cpu): ranks are threads of one process,"
+            " 64 if you like.  [default: by device]"
+        ),
     ] = None,
     nproc: Annotated[int, typer.Option(min=1, help="Local ranks for L3 and L4.")] = RANKS,
     skip: Annotated[
@@ -148,13 +151,13 @@ def check_backend(device: str, backend: str | None) -> None:
 def claimed_cases(claims: Capabilities, vectors: VectorSet) -> list[tuple[str, str]]:
     """Ids and dtypes of all levels that a port claims: to these the files of known failures may refer."""
     from conformance.port.convergence import gate_jobs
-    from conformance.port.mesh_cases import claimed_hypers, mesh_cases
+    from conformance.port.mesh_cases import LARGEST, claimed_hypers, mesh_cases
 
     every = Selection(LEVELS)
     found = [(case.id, dtype) for case, dtype, known in jobs(claims, vectors, every) if known is None]
     found += [
         (case.id, dtype)
-        for case in mesh_cases(claimed_hypers(claims, vectors), ("L3", "L4"))
+        for case in mesh_cases(claimed_hypers(claims, vectors), ("L3", "L4"), ranks=LARGEST)
         for dtype in claims.dtypes
         if case.level in claims.levels and set(case.requires) <= set(claims.features)
     ]

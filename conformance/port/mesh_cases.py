@@ -87,6 +87,12 @@ LAYOUTS = tuple(
     )
 )
 """One, two and three axes: FSDP2, HSDP, TP, FSDP2 x TP on two dims and on one, with HSDP too, averaged or not."""
+LARGE = tuple(
+    layout(text)
+    for text in ("16 S0", "4x4 T0 S0", "64 S0", "64 S1", "8x8 S0 S1", "8x8 T0 S0", "4x4x4 R S0 S1")
+)
+"""Where there are as many ranks, as there are of threads."""
+LARGEST = max(one.ranks for one in LARGE)
 RESHARDINGS = tuple(
     (layout(before), layout(after))
     for before, after in (
@@ -136,9 +142,18 @@ def mesh_cases(
     hypers: Mapping[tuple[str, str], Mapping[str, Any]],
     levels: Sequence[str],
     compiled: bool = False,
+    ranks: int = 1,
 ) -> Iterator[MeshCase]:
-    """Every case of L3 and L4 for each (algorithm, dialect); `hypers` has their hyperparameters."""
-    every = [*(("L3", *both) for both in RESHARDINGS), *(("L4", one, None) for one in LAYOUTS)]
+    """Every case of L3 and L4 for each (algorithm, dialect).
+
+    Args:
+        hypers: their hyperparameters.
+        levels: of which.
+        compiled: with fewer shapes.
+        ranks: those of LARGE that need no more are among them.
+    """
+    fit = [*LAYOUTS, *(one for one in LARGE if one.ranks <= ranks)]
+    every = [*(("L3", *both) for both in RESHARDINGS), *(("L4", one, None) for one in fit)]
     for first, ((algorithm, dialect), hyper) in enumerate(hypers.items()):
         for index, (level, before, after) in enumerate(every):
             if level not in levels:

@@ -78,7 +78,7 @@ def run_meshes(
         selection: levels, dtypes, patterns, known failures.
         ranks: local processes (those of another launcher are taken).
         device: "cpu" (gloo) or "cuda" (NCCL).
-        backend: "gloo" on "cuda": ranks share GPUs; None for the device's own.
+        backend: "gloo" on "cuda": ranks share GPUs; "threads": they are threads; None for the device's own.
         timeout: seconds a case, and a collective.
         compiled: fewer parameters a case.
         on_verdict: called with each, as soon as it is known.
@@ -142,7 +142,7 @@ def mesh_jobs(
     """Every selected (case, dtype) of L3 and L4, with the verdict where it is known without running it."""
     return [
         (case, dtype, _known(case, dtype, port, selection, ranks))
-        for case in mesh_cases(claimed_hypers(port, vectors), selection.levels, compiled)
+        for case in mesh_cases(claimed_hypers(port, vectors), selection.levels, compiled, ranks)
         for dtype in selection.dtypes or port.dtypes
         if selection.wants(case.id, case.level, dtype)
     ]

@@ -36,7 +36,10 @@ def meshes(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu (gloo) or cuda (NCCL, one rank a GPU).")] = "cpu",
     backend: Annotated[
-        str | None, typer.Option(help="gloo on cuda: ranks share GPUs.  [default: by device]")
+        str | None,
+        typer.Option(
+            help="gloo on cuda: ranks share GPUs; threads on cpu: ranks are threads.  [default: by device]"
+        ),
     ] = None,
     nproc: Annotated[
         int, typer.Option(min=1, help="Local ranks; those of torchrun or Slurm are taken.")

@@ -137,7 +137,7 @@ def test_any_mesh_of_more_ranks(case: Drawn) -> None:
 
 @pytest.mark.slow
 @given(case=drawn(MORE_RANKS))
-@settings(SETTINGS, max_examples=1500)
+@settings(SETTINGS, max_examples=500)
 def test_any_mesh_of_more_ranks_at_length(case: Drawn) -> None:
     check(None, case)
 

@@ -112,6 +112,40 @@ def test_a_hang_ends_in_time_with_the_rank_and_what_the_others_wait_in() -> None
     assert found["L4/muon/dion/2-S0"].status == PASS
 
 
+def test_ranks_may_be_threads_of_one_process() -> None:
+    cases = ("L4/muon/dion/16-S0", "L4/dion2/dion/4x4-T0S0", "L3/dion/dion/4-S0-to-2x2-S0S1")
+    ours = run("conformance.adapters.ours:adapter", *cases, ranks=16, backend="threads")
+    assert [(name, one.status) for name, one in sorted(ours.items())] == [
+        (name, PASS) for name in sorted(cases)
+    ]
+    assert not run("conformance.adapters.ours:adapter", cases[0])  # with four ranks there is no such case
+
+
+def test_a_thread_that_raises_or_hangs_is_named_and_the_run_goes_on() -> None:
+    two, four = "L4/muon/dion/2-S0", "L4/muon/dion/4-S0"
+    found = run("tests.port.ports:raises_on_ranks", two, four, backend="threads")
+    assert found[four].status == ERROR
+    assert found[four].message == "rank 2 raised ArithmeticError: on rank two alone"
+    assert found[two].status == PASS
+    found = run("tests.port.ports:hangs_on_ranks", two, four, backend="threads", timeout=8.0)
+    culprit, _, waiting = found[four].message.partition("; the others waited for it: ")
+    assert culprit.startswith("rank 2 hung for 8 s in tests.port.ports.misbehave")
+    assert waiting.count("in the collective 'full_tensor'") == 3
+    assert found[two].status == PASS
+
+
+def test_ranks_of_another_launcher_are_no_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {
+        "RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "1",
+    }.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(OSError, match="cannot be threads of one process"):
+        run("conformance.adapters.ours:adapter", "L4/muon/dion/1-S0", backend="threads")
+
+
 def test_a_hang_of_our_own_step_names_the_parameters() -> None:
     found = run("tests.port.ports:hangs_before_our_step", "L4/muon/*/4-S0", timeout=12.0)
     culprit, _, waiting = found["L4/muon/dion/4-S0"].message.partition("; the others waited for it: ")
