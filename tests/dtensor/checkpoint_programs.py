@@ -80,13 +80,13 @@ def _step(model: Weights, optimizer: torch.optim.Optimizer, step: int) -> None:
 def resumed(name: str, resharding: str, path: str) -> tuple[list[Tensor], list[Tensor]]:
     """Weights after four steps on one device, and with a checkpoint after two, from one mesh to another."""
     source, target = RESHARDINGS[resharding]
-    _run(name, source, range(2), path, load=False)
-    straight = _run(name, "plain", range(4))
+    continued(name, source, range(2), path, load=False)
+    straight = continued(name, "plain", range(4))
     assert straight is not None
-    return straight, _run(name, target, range(2, 4), path, load=True) or straight
+    return straight, continued(name, target, range(2, 4), path, load=True) or straight
 
 
-def _run(name: str, where: str, steps: range, path: str = "", load: bool = False) -> list[Tensor] | None:
+def continued(name: str, where: str, steps: range, path: str = "", load: bool = False) -> list[Tensor] | None:
     """The weights after ``steps``; saved to ``path``, or loaded from it before; None on ranks outside the mesh."""
     world = 8 if where == "plain" else layout(where).world
     group = shared_group(world)

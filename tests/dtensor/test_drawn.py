@@ -6,13 +6,16 @@ import itertools
 import math
 from dataclasses import dataclass, replace
 from functools import partial
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from conformance.rank_threads import on_threads
+from tests.dtensor.checkpoint_programs import continued
 from tests.dtensor.layouts import Layout
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
@@ -69,16 +72,22 @@ MORE_RANKS = (
 
 
 @st.composite
+def drawn_layouts(draw: st.DrawFn, mesh: tuple[int, ...], dims: int = 2) -> Layout:
+    """Any placements on ``mesh`` of tensors of ``dims``."""
+    codes = [draw(st.sampled_from(["R", *(f"S{dim}" for dim in range(dims))])) for _ in mesh]
+    last = len(mesh) - 1
+    if last and codes[last][0] == "S" and draw(st.booleans()):  # as FSDP2 shards what is tensor parallel
+        codes[last - 1] = "T" + codes[last][1]
+    return Layout(mesh, tuple(codes))
+
+
+@st.composite
 def drawn(draw: st.DrawFn, meshes: st.SearchStrategy[tuple[int, ...]] = FEW_RANKS) -> Drawn:
     """Any combination."""
     mesh = draw(meshes)
     experts = draw(st.sampled_from([0, 0, 0, 1, 2, 5]))
     kernel = () if experts else draw(st.sampled_from([(), (), (), (2,), (1, 3)]))
-    beyond = ["S2"] if experts or kernel else []
-    codes = [draw(st.sampled_from(["R", "S0", "S1", *beyond])) for _ in mesh]
-    last = len(mesh) - 1
-    if last and codes[last][0] == "S" and draw(st.booleans()):  # as FSDP2 shards what is tensor parallel
-        codes[last - 1] = "T" + codes[last][1]
+    where = draw(drawn_layouts(mesh, 3 if experts or kernel else 2))
     matrix = (draw(st.integers(1, 20)), draw(st.integers(1, 20)))
     split = draw(drawn_splits(matrix))
     shape = (experts, *matrix) if experts else matrix
@@ -90,7 +99,7 @@ def drawn(draw: st.DrawFn, meshes: st.SearchStrategy[tuple[int, ...]] = FEW_RANK
     dtype, compute_dtype = draw(st.sampled_from(COMPUTED))
     name, count = draw(st.sampled_from(EVERY)), draw(st.integers(1, 5))
     path = draw(st.sampled_from(["auto", "low_rank", "assemble"]))
-    return Drawn(name, Layout(mesh, tuple(codes)), shape, count, split, path, dtype, compute_dtype)
+    return Drawn(name, where, shape, count, split, path, dtype, compute_dtype)
 
 
 def check(ranks: Ranks | None, case: Drawn) -> None:
@@ -133,6 +142,42 @@ def test_any_split_in_float64_has_the_bits_of_one_device(ranks: Ranks, case: Dra
 @settings(SETTINGS, max_examples=80, derandomize=True)
 def test_any_mesh_of_more_ranks(case: Drawn) -> None:
     check(None, case)
+
+
+def check_resuming(name: str, source: Layout, target: Layout, path: str) -> None:
+    """Four steps with a checkpoint after two, saved on one mesh and loaded on another, are those of one device."""
+
+    def on(where: Layout, steps: range, load: bool) -> list[list[Tensor] | None]:
+        text = " ".join(("x".join(map(str, where.mesh)), *where.codes))
+        return on_threads(partial(continued, name, text, steps, path, load), where.world)
+
+    on(source, range(2), load=False)
+    straight = on_threads(partial(continued, name, "1 R", range(4)), 1)[0]
+    for resumed in on(target, range(2, 4), load=True):
+        assert resumed is not None
+        assert straight is not None
+        for ours, theirs in zip(resumed, straight, strict=True):
+            assert error(ours, theirs) <= (1e-11 if name == "dion" else 0)
+
+
+RESUMED = {"name": st.sampled_from(["muon", "normuon", "dion", "dion2", "dion3", "adamw"])} | {
+    end: MORE_RANKS.flatmap(drawn_layouts) for end in ("source", "target")
+}
+
+
+@given(**RESUMED)
+@settings(SETTINGS, max_examples=8, derandomize=True)
+def test_training_goes_on_on_any_other_mesh(name: str, source: Layout, target: Layout) -> None:
+    with TemporaryDirectory() as folder:
+        check_resuming(name, source, target, folder)
+
+
+@pytest.mark.slow
+@given(**RESUMED)
+@settings(SETTINGS, max_examples=150)
+def test_training_goes_on_on_any_other_mesh_at_length(name: str, source: Layout, target: Layout) -> None:
+    with TemporaryDirectory() as folder:
+        check_resuming(name, source, target, folder)
 
 
 @pytest.mark.slow
