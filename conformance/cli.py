@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
-
 import typer
 
 from conformance.bench.command import bench
@@ -18,18 +15,11 @@ from conformance.port.meshes_command import meshes
 from conformance.vectors.command import app as vectors
 
 app = typer.Typer(
+    help="Holds orthonormal optimizers to a float64 oracle.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-
-@app.callback()
-def find_modules_here() -> None:
-    """Holds orthonormal optimizers to a float64 oracle."""
-    sys.path.insert(0, os.getcwd())  # for module:function, as `python -m` does
-
-
 app.command("run")(run)
 app.command("certify")(certify)
 app.command("port")(port)

@@ -97,13 +97,15 @@ def run(
             to the time of a collective; None for the device's own.
 
     Raises:
-        RuntimeError: threads under another launcher.
+        RuntimeError: threads under another launcher, or on another device than the CPU.
         RankFailedError: a rank raised or died; every other rank has been ended.
     """
     environment = joined_environment()
     if backend == THREADS:
         if environment is not None:
             raise RuntimeError("ranks that another launcher has started cannot be threads of one process")
+        if device != "cpu":
+            raise RuntimeError(f"ranks that are threads compute on the CPU, not on {device}")
         return _run_on_threads(_Together(function, argument, ranks), on_event, preload)
     if process_group and environment is not None:
         return run_joined(function, argument, environment, device, on_event, timeout, backend)
@@ -170,15 +172,17 @@ def _run_on_threads(
 
 def _on_threads(rank: Rank, job: _Together) -> list[Any]:
     """The body of that process."""
-    from conformance.rank_threads import on_threads  # torch's testing package: only where it is asked for
+    # With torch's testing package: only where it is asked for.
+    from conformance.rank_threads import on_threads, told_to_stop
 
     def one() -> Any:
         index = dist.get_rank()
         own = Rank(index, job.ranks, rank.device, lambda event: rank.emit((index, event)))
         try:
             return job.function(own, job.argument)
-        except Exception as error:
-            own.emit(_Raised(one_line(error), traceback.format_exc()))
+        except BaseException as error:
+            if not told_to_stop(error):
+                own.emit(_Raised(one_line(error), traceback.format_exc()))
             raise
 
     return on_threads(one, job.ranks, timeout=None)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import functools
-import threading
-from contextlib import nullcontext
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.tensor import DTensor, _redistribute
+from torch.distributed.tensor import DTensor
 
-__all__ = ["shared_group", "shared_mesh", "whole"]
+from dion_dtensor.assembly import everywhere
+
+__all__ = ["forget", "shared_group", "shared_mesh", "whole"]
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -22,33 +22,7 @@ def whole(tensor: Tensor) -> Tensor:
     those of the flat mesh (seen with 2.14).
     """
     tensor = tensor.detach()
-    with _apart:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor.clone()
-
-
-class _Apart:
-    """Torch merges no collectives while a thread is inside; its own context would outlast those that overlap."""
-
-    def __init__(self) -> None:
-        self._lock, self._inside = threading.Lock(), 0
-        self._context: Any = None
-
-    def __enter__(self) -> None:
-        with self._lock:
-            if not self._inside:
-                make = getattr(_redistribute, "disable_redistribute_transform_optimization", nullcontext)
-                self._context = make()
-                self._context.__enter__()
-            self._inside += 1
-
-    def __exit__(self, *error: object) -> None:
-        with self._lock:
-            self._inside -= 1
-            if not self._inside:
-                self._context.__exit__(None, None, None)
-
-
-_apart = _Apart()
+    return everywhere(tensor) if isinstance(tensor, DTensor) else tensor.clone()
 
 
 def shared_mesh(sizes: tuple[int, ...], names: tuple[str, ...], device: str = "cpu") -> DeviceMesh:
@@ -72,3 +46,9 @@ def _mesh(sizes: tuple[int, ...], names: tuple[str, ...], device: str, world: ob
 @functools.cache
 def _group(ranks: int, world: object) -> Any:
     return dist.new_group(list(range(ranks)))
+
+
+def forget() -> None:
+    """Let the meshes and groups go of process groups that are gone."""
+    _mesh.cache_clear()
+    _group.cache_clear()

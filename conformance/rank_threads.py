@@ -5,8 +5,10 @@ Every rank runs its own code on its own shards, as a process would; only the col
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, wait
+from queue import SimpleQueue
 from typing import Any, TypeVar
 
 import torch
@@ -15,14 +17,42 @@ from torch._C import _distributed_c10d
 from torch._C._distributed_c10d import HashStore, Store
 from torch.testing._internal.distributed import multi_threaded_pg
 
-__all__ = ["on_threads"]
+from conformance.process_groups import forget
+
+__all__ = ["on_threads", "told_to_stop"]
 
 Result = TypeVar("Result")
 
 threaded: Any = multi_threaded_pg  # untyped
 isolate_threads: Any = _distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
+END_SECONDS = 10.0
+"""After a failure, for the others to leave the collectives in which they wait."""
+
+
+class _Worker:
+    """A thread that makes one call after another, and does not outlast the process."""
+
+    def __init__(self, rank: int) -> None:
+        self._calls: SimpleQueue[tuple[Future[Any], Callable[..., Any], tuple[Any, ...]]] = SimpleQueue()
+        threading.Thread(target=self._serve, name=f"rank {rank}", daemon=True).start()
+
+    def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        self._calls.put((future, function, arguments))
+        return future
+
+    def _serve(self) -> None:
+        while True:
+            future, function, arguments = self._calls.get()
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                future.set_exception(error)
+            del future, function, arguments
+
+
 # A rank is the same thread in every run: torch keeps what it knows of a mesh by the thread that made it.
-_THREADS: list[ThreadPoolExecutor] = []
+_WORKERS: list[_Worker] = []
 
 
 def on_threads(function: Callable[[], Result], ranks: int, timeout: float | None = 600.0) -> list[Result]:
@@ -42,28 +72,32 @@ def on_threads(function: Callable[[], Result], ranks: int, timeout: float | None
         TimeoutError: some rank did not return.
         Exception: what a rank raised; the others are told to stop where they wait.
     """
-    while len(_THREADS) < ranks:
-        _THREADS.append(ThreadPoolExecutor(1, thread_name_prefix=f"rank {len(_THREADS)}"))
+    _WORKERS.extend(_Worker(rank) for rank in range(len(_WORKERS), ranks))
     before, store = torch.get_num_threads(), HashStore()
     isolate_threads(True)
     world = threaded._install_threaded_pg()
     if not hasattr(world, "comms"):
         world.comms = []  # torch 2.11 forgot it, and looks for it when a group is destroyed
     try:
-        futures = [_THREADS[rank].submit(_on_rank, function, rank, ranks, store) for rank in range(ranks)]
-        _, running = wait(futures, timeout, return_when=FIRST_EXCEPTION)
-        if running:
-            _stop_waiting(running)
-        _raise_first(futures)
-        if running:
-            names = [rank for rank, future in enumerate(futures) if future in running]
-            raise TimeoutError(f"ranks {names} of {ranks} did not return within {timeout:g} s")
+        futures = [_WORKERS[rank].submit(_on_rank, function, rank, ranks, store) for rank in range(ranks)]
+        _, waiting = wait(futures, timeout, return_when=FIRST_EXCEPTION)
+        hanging = _stopped(futures) if waiting else []
+        for rank in hanging:
+            _WORKERS[rank] = _Worker(rank)  # the old one may never be free again
+        for future in futures:
+            error = future.exception() if future.done() else None
+            if error is not None and not told_to_stop(error):
+                raise error
+        if waiting:
+            late = hanging or [rank for rank, future in enumerate(futures) if future in waiting]
+            raise TimeoutError(f"ranks {late} of {ranks} did not return in time")
         return [future.result() for future in futures]
     finally:
         threaded.ProcessLocalGroup.reset()
         threaded._uninstall_threaded_pg()
         isolate_threads(False)
         torch.set_num_threads(before)
+        forget()
 
 
 def _on_rank(function: Callable[[], Result], rank: int, ranks: int, store: Store) -> Result:
@@ -75,24 +109,22 @@ def _on_rank(function: Callable[[], Result], rank: int, ranks: int, store: Store
         dist.destroy_process_group()
 
 
-def _stop_waiting(running: set[Future[Any]]) -> None:
-    """End the collectives that wait for a rank that will not come, until no rank is left in one."""
+def _stopped(futures: Sequence[Future[Any]]) -> list[int]:
+    """End the collectives that wait for a rank that will not come; returns the ranks that do not stop."""
     group = threaded.ProcessLocalGroup
     group._terminate.set()
-    for _ in range(100):
+    for _ in range(int(10 * END_SECONDS)):
         with group._coll_lock:
-            waiting = list(group._cur_coll_on_pgs.values())
-        for collective in waiting:
+            collectives = list(group._cur_coll_on_pgs.values())
+        for collective in collectives:
             for condition in (collective._start_cond, collective._done_cond):
                 with condition:
                     condition.notify_all()
-        if not wait(running, 0.1).not_done:
-            return
+        if not wait(futures, 0.1).not_done:
+            break
+    return [rank for rank, future in enumerate(futures) if not future.done()]
 
 
-def _raise_first(futures: Sequence[Future[Any]]) -> None:
-    """What the first rank raised that was not told to stop."""
-    for future in futures:
-        error = future.exception() if future.done() else None
-        if error is not None and not isinstance(error, SystemExit):
-            raise error
+def told_to_stop(error: BaseException) -> bool:
+    """Whether torch raised it in a thread that waited, since another one had failed."""
+    return isinstance(error, SystemExit) and str(error) == "Test termination event occurs."

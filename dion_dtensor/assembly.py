@@ -83,7 +83,11 @@ def relaid(
     def split(axes: Sequence[int]) -> list[Placement]:
         return [Shard(0) if axis in axes else Replicate() for axis in range(mesh.ndim)]
 
-    return from_local(local, mesh, split(before), shape).redistribute(placements=split(after)).to_local()
+    stack, left = from_local(local, mesh, split(before), shape), sorted(before)
+    while left and left != sorted(after)[: len(left)]:  # the inner one first
+        left.pop()
+        stack = stack.redistribute(placements=split(left))
+    return stack.redistribute(placements=split(after)).to_local()
 
 
 def placed(values: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:
@@ -101,8 +105,8 @@ def own_shard(tensor: Tensor, layout: StorageLayout) -> Tensor:
         return tensor
     if not isinstance(tensor, DTensor):
         raise TypeError(f"a plain tensor was given where a DTensor as {layout.describe()} is needed")
-    if not algebra.same(tensor.placements, layout.placements):
-        tensor = tensor.redistribute(placements=layout.placements)
+    for placements in algebra.ways_to(tensor.placements, layout.placements):
+        tensor = tensor.redistribute(placements=placements)
     return tensor.to_local()
 
 

@@ -98,7 +98,8 @@ def param_groups(
         exclude: regular expressions, searched in the fully qualified names, in all of them where a parameter is tied.
         split: by regular expression, how a weight is cut into logical matrices: sizes of its blocks of rows
             ``(q, k, v)``, or a split or its text (see :mod:`dion_dtensor.split_text`); rows are those of the logical
-            matrix, also of a ``Conv1D`` and of a convolution; of a stack of experts, those of each.
+            matrix, also of a ``Conv1D`` and of a convolution (a transposed one's are its inputs, of which heads, its
+            groups, alone are cut); of a stack of experts, those of each.
         heads: by regular expression, into how many equal blocks of rows a weight is cut: heads, a convolution's groups,
             or 2 for a fused gate and up of equal sizes, one below the other.
         missing_ok: let pass patterns that match no parameter, or no matrix, as of one configuration for all stages of
@@ -212,6 +213,10 @@ def _as_stored(split: Split | None, name: str, parameter: Tensor, why: str | Non
             f"split={{...: 'interleaved_rows((1, 1), {parameter.shape[-1] // 2})'}}"
         )
     try:
+        if why in CONVOLUTIONS_IN_BY_OUT and not isinstance(split, Heads | Flatten):
+            raise ValueError(
+                "rows of a transposed convolution are its inputs; only its groups are cut, by heads="
+            )
         if (why in (*CONVOLUTIONS, DEPTHWISE) or parameter.ndim > 3) and isinstance(split, ROW_BLOCKS):
             split = Flatten(split)
         if across and isinstance(split, Heads):

@@ -20,9 +20,9 @@ __all__ = [
     "StorageLayout",
     "compute_placements",
     "contiguous_stride",
+    "inner_first",
     "joined",
     "move_shard",
-    "outer_first",
     "owners",
     "shard_dim",
     "sharing_axes",
@@ -35,11 +35,6 @@ def shard_dim(placement: Placement) -> int | None:
     ``placement.is_shard()`` is False for ``_StridedShard`` (FSDP2 over tensor parallel), so the type is asked.
     """
     return placement.dim if isinstance(placement, Shard | _StridedShard) else None
-
-
-def strided_axes(placements: Sequence[Placement]) -> tuple[int, ...]:
-    """The axes whose shards cut what the later axes left of their dim."""
-    return tuple(axis for axis, placement in enumerate(placements) if isinstance(placement, _StridedShard))
 
 
 def move_shard(placement: Placement, dim: int) -> Placement:
@@ -213,7 +208,7 @@ def owners(
     Returns:
         By coordinates on those axes, the indices in the order in which the local shard has them.
     """
-    order, runs = outer_first(sizes, placements)
+    order, runs = _outer_first(sizes, placements)
     held: dict[tuple[int, ...], Tensor] = {(): torch.arange(size, device="cpu")}
     for axis in order:
         way: Any = Shard(0) if runs[axis] == 1 else _StridedShard(0, split_factor=runs[axis])
@@ -228,7 +223,33 @@ def owners(
     }
 
 
-def outer_first(sizes: Sequence[int], placements: Sequence[Placement]) -> tuple[list[int], dict[int, int]]:
+def inner_first(sizes: Sequence[int], placements: Sequence[Placement]) -> tuple[int, ...]:
+    """The axes that shard a tensor, of each dim the one that cuts the smallest pieces first.
+
+    Args:
+        sizes: of all axes of the mesh.
+        placements: on them.
+    """
+    dims: dict[int, list[int]] = {}
+    for axis, placement in enumerate(placements):
+        if (dim := shard_dim(placement)) is not None:
+            dims.setdefault(dim, []).append(axis)
+    left = []
+    for axes in dims.values():
+        order, _ = _outer_first([sizes[axis] for axis in axes], [placements[axis] for axis in axes])
+        left.append([axes[place] for place in order])
+
+    def turn(axes: list[int]) -> tuple[bool, int]:
+        plain = type(placements[axes[-1]]) is Shard
+        return plain, -axes[-1] if plain else axes[-1]
+
+    found = []
+    while left := [axes for axes in left if axes]:
+        found.append(min(left, key=turn).pop())
+    return tuple(found)
+
+
+def _outer_first(sizes: Sequence[int], placements: Sequence[Placement]) -> tuple[list[int], dict[int, int]]:
     """The axes that shard one dim in the order in which they cut it, and into how many runs each of them does.
 
     From left to right, but a strided shard cuts what later axes left, as many as make its ``split_factor`` ranks.  Its

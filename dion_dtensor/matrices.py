@@ -57,10 +57,11 @@ class Split(Protocol):
 
 def _need(split: object, shape: Sequence[int], fits: bool, what: str) -> None:
     if not fits:
-        blocks = isinstance(split, ROW_BLOCKS) and len(shape) == 3
-        hint = f"; the matrices of a stack are cut by 'experts({split})'" if blocks else ""
-        if isinstance(split, ROW_BLOCKS) and len(shape) > 3:
-            hint = f"; a convolution is cut by 'flatten({split})'"
+        hint = ""
+        if isinstance(split, ROW_BLOCKS) and len(shape) == 3:
+            hint = f"; the matrices of a stack are cut by 'experts({split})'"
+        if isinstance(split, OF_OUTPUTS) and 3 <= len(shape) <= 5:
+            hint += f"; a convolution is cut by 'flatten({split})'"
         raise ValueError(f"split={str(split)!r} needs {what}, not the shape {list(shape)}{hint}")
 
 
@@ -299,8 +300,12 @@ class Flatten:
     inner: Split | None = None
 
     def __post_init__(self) -> None:
-        if self.inner is not None and not isinstance(self.inner, Rows | Heads | InterleavedRows):
-            raise ValueError(f"flatten({self.inner}): a convolution is cut into blocks of rows, its outputs")
+        if self.inner == Heads(1):  # the whole matrix
+            object.__setattr__(self, "inner", None)
+        if self.inner is not None and not isinstance(self.inner, SPLITS):
+            raise TypeError(f"Flatten takes a split such as Heads(4), not {self.inner!r}")
+        if self.inner is not None and not isinstance(self.inner, OF_OUTPUTS):
+            raise ValueError(f"flatten({self.inner}): a convolution is cut into blocks of rows")
 
     def __str__(self) -> str:
         return "flatten" if self.inner is None else f"flatten({self.inner})"
@@ -329,6 +334,7 @@ class Flatten:
 
 ROW_BLOCKS: tuple[type[Split], ...] = (Rows, Columns, Heads, InterleavedRows, InterleavedColumns)
 """Splits into blocks of rows, or of a transposed parameter's."""
+OF_OUTPUTS: tuple[type[Split], ...] = (Rows, Heads, InterleavedRows)
 SPLITS: tuple[type[Split], ...] = (*ROW_BLOCKS, Experts, Flatten)
 
 

@@ -31,8 +31,8 @@ class Form:
         numbers: which of the parameter's experts or heads this rank's entries are; fewer than ``count`` where other
             ranks hold more.
         pieces: the logical matrices by shape.
-        split: how the parameter is cut, or what it is flattened to.
-        flat: whether it takes part flattened to a matrix.
+        split: how the parameter is cut; of one that is flat, how the matrix is.
+        flat: whether a convolution takes part as the matrix that it is flattened to.
     """
 
     kind: str
@@ -257,8 +257,9 @@ class Member:
         if dims is None:
             return own.reshape(self.local.shape)
         if self.form.kind == "units" and "rank" not in dims:
-            local = self.local[:, :1].flatten(1) if self.form.flat else self.local
-            shape = local.mT.shape if self.form.across else local.shape
+            if self.form.flat:
+                return own.reshape(self.local.shape[0], 1)
+            shape = self.local.mT.shape if self.form.across else self.local.shape
             return own.reshape(*shape[:-1], 1)
         return own
 

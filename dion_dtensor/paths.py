@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.distributed.tensor import Placement
 
-from dion_dtensor.layout import move_shard, shard_dim, strided_axes
+from dion_dtensor.layout import inner_first, move_shard, shard_dim
 from dion_dtensor.members import Form
 from dion_dtensor.planning import Bucket, Choice, choose, usual_hardware
 from dion_dtensor.rules import Rule
@@ -61,7 +61,7 @@ def chosen_path(
             shards=tuple(shard_dim(placement) for placement in placements),
             compute_dtype=compute_dtype,
             state_dtype=state_dtype,
-            strided=strided_axes(placements),
+            order=inner_first(sizes, placements),
         )
         for piece in form.entry_pieces
     )

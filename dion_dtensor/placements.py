@@ -13,7 +13,7 @@ import torch
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Partial, Placement, Replicate, Shard
 
-from dion_dtensor.layout import move_shard, outer_first, shard_dim
+from dion_dtensor.layout import inner_first, move_shard, shard_dim
 
 __all__ = [
     "axes_holding_copies",
@@ -29,6 +29,7 @@ __all__ = [
     "order_of_moves",
     "same",
     "suit",
+    "ways_to",
     "ways_to_reduced",
     "ways_to_whole",
 ]
@@ -80,6 +81,17 @@ def ways_to_reduced(placements: Placements) -> tuple[Placements, ...]:
 
 
 @constant
+def ways_to(placements: Placements, target: Placements) -> tuple[Placements, ...]:
+    """What comes after each of the redistributions to ``target``: those sums that every rank is to hold one by one."""
+    found, current = [], list(placements)
+    for axis, (own, other) in enumerate(zip(placements, target, strict=True)):
+        if isinstance(own, Partial) and isinstance(other, Replicate):
+            current[axis] = other
+            found.append(tuple(current))
+    return tuple(found) if tuple(current) == target else (*found, target)
+
+
+@constant
 def of_apart(placements: Placements) -> Placements:
     """Axes whose ranks hold different matrices left alone, as if they held the same."""
     return tuple(Replicate() if shard_dim(p) == 0 else p for p in placements)
@@ -112,11 +124,8 @@ def of_exchanged(placements: Placements, split: tuple[int, ...]) -> Placements:
     )
 
 
-def _inner_first(placements: Placements, dim: int, mesh: DeviceMesh) -> list[int]:
-    """The axes that shard ``dim``, the one that cuts the smallest pieces first."""
-    axes = axes_sharding(placements, dim)
-    order, _ = outer_first([mesh.size(axis) for axis in axes], [placements[axis] for axis in axes])
-    return [axes[place] for place in reversed(order)]
+def _inner_first(placements: Placements, mesh: DeviceMesh) -> list[int]:
+    return list(inner_first([mesh.size(axis) for axis in range(mesh.ndim)], placements))
 
 
 @constant
@@ -127,7 +136,7 @@ def ways_to_whole(placements: Placements, dim: int, mesh: DeviceMesh) -> tuple[P
     uneven shards for shards of the flat mesh (seen with 2.14); where it has not, torch warns of several gathers.
     """
     current, found = list(placements), []
-    for axis in _inner_first(placements, dim, mesh):
+    for axis in [axis for axis in _inner_first(placements, mesh) if shard_dim(placements[axis]) == dim]:
         current[axis] = Replicate()
         found.append(tuple(current))
     return tuple(found)
@@ -159,18 +168,14 @@ def order_of_moves(placements: Placements, target: Placements, mesh: DeviceMesh)
     order = [axis for axis in range(len(placements)) if shard_dim(placements[axis]) is None]
     order.sort(key=rank)
     shared = [axis for axis in order if rank(axis)[0] < 2]
-    dims = {dim for placement in placements if (dim := shard_dim(placement)) is not None}
-    left = [_inner_first(placements, dim, mesh) for dim in sorted(dims)]
-
-    def after(axes: list[int]) -> tuple[bool, bool, int]:
-        axis = axes[0]
-        plain = type(placements[axis]) is Shard
-        return not isinstance(target[axis], Shard), plain, -axis if plain else axis
-
-    inner_first = []
-    while left := [axes for axes in left if axes]:
-        inner_first.append(min(left, key=after).pop(0))
-    return (*shared, *inner_first, *order[len(shared) :])
+    left = _inner_first(placements, mesh)
+    moved = []
+    while left:
+        heads = {shard_dim(placements[axis]): axis for axis in reversed(left)}.values()
+        head = min(heads, key=lambda axis: (not isinstance(target[axis], Shard), left.index(axis)))
+        moved.append(head)
+        left.remove(head)
+    return (*shared, *moved, *order[len(shared) :])
 
 
 @constant

@@ -15,6 +15,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from conformance.named import look_here
 from conformance.report.live import live_bar
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ def bench(
     if device not in ("cpu", "cuda") or (device == "cuda" and not torch.cuda.is_available()):
         raise typer.BadParameter(f"device {device!r} is not here")
     further = tuple(contenders or ())
+    if further:
+        look_here()
     for name in further:
         try:
             builder_of(name)

@@ -14,6 +14,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from conformance.named import look_here
 from conformance.report.live import live_bar
 
 if TYPE_CHECKING:
@@ -117,6 +118,7 @@ def plan(
         dims[name] = int(dim)
     try:
         chosen = [candidate(text) for text in optimizers or (WITH_GRADIENTS if gradients else USUAL)]
+        look_here()
         built = model_of(model)
         if ranks not in ("h100", "here"):
             raise ValueError(f"--hardware {ranks!r} must be h100 or here")

@@ -16,7 +16,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from conformance.plan.counting import fake_mesh, launched
 from conformance.plan.models import Model, Weight
 from conformance.plan.operators import Operator, Stopwatch
-from dion_dtensor.layout import strided_axes
+from dion_dtensor.layout import inner_first
 from dion_dtensor.planning import (
     Bucket,
     Cost,
@@ -245,7 +245,7 @@ def _weight(
         number,
         sizes,
         shards,
-        strided=strided_axes(placements),
+        order=inner_first(sizes, placements),
         compute_dtype=setting.compute_dtype,
         device=setting.kind,
     )

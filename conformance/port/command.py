@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from conformance.adapters import DTYPES, LEVELS, AdapterError, Capabilities, check_dialects
+from conformance.named import look_here
 from conformance.port import output
 from conformance.port.grading import Verdict
 from conformance.port.runner import Run, Selection, jobs, run_vectors
@@ -67,6 +68,7 @@ def port(
     """
     console = Console() if sys.stdout.isatty() else Console(width=120)
     began = time.monotonic()
+    look_here()
     try:
         check_targets([path for path in (json_file, junit, html) if path is not None])
         selection = selection_of(level, dtype, case, skip, xfail)

@@ -14,11 +14,12 @@ from rich.console import Console
 
 from conformance import launch
 from conformance.adapters import DTYPES, AdapterError, check_dialects
+from conformance.named import look_here
 from conformance.port import output
 from conformance.port.grading import ERROR, FAIL, Verdict
 from conformance.port.runner import Run
 from conformance.port.selection import SelectionError
-from conformance.ranks import BACKENDS
+from conformance.ranks import BACKENDS, THREADS
 
 PORT = "conformance.adapters.ours:adapter"
 RANKS, SECONDS = 4, 120.0
@@ -71,6 +72,7 @@ def meshes(
 
     console = Console(quiet=not launch.is_main(), width=None if sys.stdout.isatty() else 120)
     began = time.monotonic()
+    look_here()
     if compiled:
         os.environ["CONFORMANCE_COMPILE"] = "1"  # read by the ranks when they build the optimizer
     kept = Kept()
@@ -82,6 +84,8 @@ def meshes(
         check_dialects(claims, vectors, adapter)
         selection = selection_of(level, dtype, case, None, None)
         check_backend(device, backend)
+        if compiled and backend == THREADS:
+            raise SelectionError("--compile needs ranks that are processes: threads share one compiler")
 
         def line(verdict: Verdict) -> None:
             if verdict.status not in ("skip", "not claimed"):

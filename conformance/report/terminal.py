@@ -57,7 +57,7 @@ class Monitor:
         """The rows: trained ones as they came, then simulated ones by mesh."""
         trained = [row for row in self.rows if row.kind != SIMULATED]
         simulated = [row for row in self.rows if row.kind == SIMULATED]
-        names = [row.optimizer for row in trained]
+        names = list(dict.fromkeys(row.optimizer for row in [*trained, *simulated]))
         return trained + sorted(simulated, key=lambda row: (names.index(row.optimizer), row.mesh))
 
     def _advance(self) -> None:

@@ -40,7 +40,8 @@ class Bucket:
         shards: for each axis the dim that it shards (0 rows, 1 columns), or None where it replicates.
         compute_dtype: of the polynomial and of what is assembled for it.
         state_dtype: of parameters, gradients and momentum.
-        strided: axes whose shards cut what the later axes left of their dim, as FSDP2's do beside tensor parallelism.
+        order: the axes that shard, of each dim the one first that cuts the smallest pieces; () for the last axis first,
+            as it is where no shard is strided (FSDP2's beside tensor parallelism are).
         symmetric: share of the multiplications that a symmetric product takes; 1 for all, 5/8 in four blocks.
         device: kind of it; what there is outside of the update differs.
     """
@@ -52,7 +53,7 @@ class Bucket:
     compute_dtype: torch.dtype = torch.bfloat16
     state_dtype: torch.dtype = torch.float32
     symmetric: float = 1.0
-    strided: tuple[int, ...] = ()
+    order: tuple[int, ...] = ()
     device: str = "cuda"
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class Bucket:
 
     def inner_first(self, dim: int) -> tuple[int, ...]:
         """The axes that shard ``dim``, the one that cuts the smallest pieces first."""
-        return tuple(_inner_first(self.axes(dim), self.strided))
+        return tuple(_inner_first(self.axes(dim), self.order))
 
     def axes(self, dim: int | None) -> tuple[int, ...]:
         """The axes that shard ``dim``; for None, those that replicate."""
@@ -162,7 +163,7 @@ def assembly(
     shards: Shards,
     into: int,
     back: int,
-    strided: Sequence[int] = (),
+    order: Sequence[int] = (),
 ) -> tuple[list[Transfer], int]:
     """What ``on_whole_matrices`` sends for ``count`` matrices, and how many of them a rank works on.
 
@@ -177,7 +178,7 @@ def assembly(
         shards: 0, 1, None or PARTIAL for each axis.
         into: bytes of an element on the way in.
         back: on the way back.
-        strided: as in :class:`Bucket`.
+        order: as in :class:`Bucket`.
     """
     split, own = sharing(sizes, shards, count)
     held: float = own * math.prod(sizes[axis] for axis in split)
@@ -189,7 +190,7 @@ def assembly(
         held *= local
     sent: list[Transfer] = []
     way_back: list[tuple[str | None, int]] = []
-    for axis in _order(shards, split, strided):
+    for axis in _moves(shards, split, order):
         A, shard, shared = sizes[axis], shards[axis], axis in split
         if shard is None or shard == PARTIAL:
             if shard == PARTIAL:
@@ -211,15 +212,15 @@ def assembly(
     return sent, own
 
 
-def _inner_first(axes: Iterable[int], strided: Sequence[int]) -> list[int]:
-    return sorted(axes, key=lambda axis: (0, axis) if axis in strided else (1, -axis))
+def _inner_first(axes: Iterable[int], order: Sequence[int]) -> list[int]:
+    return sorted(axes, key=lambda axis: (order.index(axis) if axis in order else len(order), -axis))
 
 
-def _order(shards: Shards, split: Sequence[int], strided: Sequence[int]) -> list[int]:
+def _moves(shards: Shards, split: Sequence[int], order: Sequence[int]) -> list[int]:
     """As ``placements.order_of_moves``."""
     copies = [axis for axis, shard in enumerate(shards) if shard is None]
     sums = [axis for axis, shard in enumerate(shards) if shard == PARTIAL]
-    left = _inner_first((a for a, shard in enumerate(shards) if shard not in (None, PARTIAL)), strided)
+    left = _inner_first((a for a, shard in enumerate(shards) if shard not in (None, PARTIAL)), order)
     inner_first: list[int] = []
     while left:
         heads = {shards[axis]: axis for axis in reversed(left)}.values()

@@ -114,7 +114,7 @@ def _muon(bucket: Bucket, way: str, fraction: float, *, variance: bool = False) 
         return _by_gram(bucket)
     m, n = bucket.shape
     size = bucket.compute_dtype.itemsize
-    sent, own = assembly(m, n, bucket.count, bucket.sizes, bucket.shards, size, size, bucket.strided)
+    sent, own = assembly(m, n, bucket.count, bucket.sizes, bucket.shards, size, size, bucket.order)
     if variance:
         of_rows = tuple(None if shard == 1 else shard for shard in bucket.shards)
         sent += _beside(bucket, m, of_rows)
@@ -159,7 +159,7 @@ def _by_gram(bucket: Bucket) -> Cost:
     ]
     flops = 0.0
     for length in lengths:
-        args = (bucket.count, bucket.sizes, partial_shards, WIDE, WIDE, bucket.strided)
+        args = (bucket.count, bucket.sizes, partial_shards, WIDE, WIDE, bucket.order)
         once, own = assembly(short, short, *args)
         sent += once
         flops += 2 * 2.0 * bucket.count * short**2 * bucket.local(dim) + own * 4 * length * 2.0 * short**3
@@ -200,7 +200,7 @@ def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool 
         shards = tuple(
             0 if axis in along else PARTIAL if axis in across else None for axis in range(len(sizes))
         )
-        once, own = assembly(long, r, count, sizes, shards, WIDE, WIDE, bucket.strided)
+        once, own = assembly(long, r, count, sizes, shards, WIDE, WIDE, bucket.order)
         sent += once
         flops["float32"] += own * basis_flops(long, r)
         working = 3.0 * own * long * r
@@ -218,7 +218,7 @@ def _dion(bucket: Bucket, way: str, fraction: float, *, orthonormal_right: bool 
     if orthonormal_right:
         reduce(across, count * NORM)
         shards = tuple(0 if axis in across else None for axis in range(len(sizes)))
-        once, own = assembly(short, r, count, sizes, shards, WIDE, WIDE, bucket.strided)
+        once, own = assembly(short, r, count, sizes, shards, WIDE, WIDE, bucket.order)
         sent += once
         flops["float32"] += own * basis_flops(short, r)
         reduce(across, count * r * NORM)
@@ -238,12 +238,12 @@ def _dion_assembled(bucket: Bucket, r: int, orthonormal_right: bool) -> Cost:
     compute = bucket.compute_dtype
     m, n = bucket.shape
     args = (bucket.count, bucket.sizes, bucket.shards)
-    sent, own = assembly(m, n, *args, WIDE, WIDE, bucket.strided)
-    sent += assembly(m, n, *args, 0, compute.itemsize, bucket.strided)[0]
+    sent, own = assembly(m, n, *args, WIDE, WIDE, bucket.order)
+    sent += assembly(m, n, *args, 0, compute.itemsize, bucket.order)[0]
     dim = 1 if m < n else 0
     # Q lies on the short side; the axes that shard the long one share its columns.
     of_Q = tuple(None if shard is None else 1 if shard == dim else 0 for shard in bucket.shards)
-    sent += assembly(short, r, bucket.count, bucket.sizes, of_Q, WIDE, WIDE, bucket.strided)[0]
+    sent += assembly(short, r, bucket.count, bucket.sizes, of_Q, WIDE, WIDE, bucket.order)[0]
     flops = {"float32": own * (4.0 * long * short * r + basis_flops(long, r))}
     if orthonormal_right:
         flops["float32"] += own * basis_flops(short, r)
@@ -305,7 +305,7 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
             sent.append(collective("all_gather", axis, sizes[axis], changed))
             changed *= sizes[axis]
     shards = tuple(None if shard == 0 else shard for shard in shards)
-    once, own = assembly(chosen, columns, number, remaining, shards, size, size, bucket.strided)
+    once, own = assembly(chosen, columns, number, remaining, shards, size, size, bucket.order)
     sent += once
     flops = own * polynomial_flops(chosen, columns, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, chosen, columns, size)

@@ -137,6 +137,10 @@ def test_convolutions_are_cut_by_groups_and_into_blocks() -> None:
         ),
     }
     assert [g["split"] for g in groups if g.get("weight_storage") == "in_out"] == ["flatten(heads(2))"]
+    with pytest.raises(
+        ValueError, match=r"grouped_up.weight.*rows of a transposed convolution are its inputs"
+    ):
+        param_groups(model, split={"grouped_up": (4, 4)})
     bare = nn.ParameterDict({"kernel": nn.Parameter(torch.ones(6, 2, 3, 3))})
     assert [group["split"] for group in param_groups(bare, heads={"kernel": 2})] == ["flatten(heads(2))"]
     with pytest.raises(ValueError, match=r"to_qkv.weight.*a matrix of 7 rows, not the shape \[20, 8\]"):

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
+import time
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.tensor import _redistribute
+from torch.distributed.tensor import DTensor, Partial, _redistribute
 
+from conformance import rank_threads
 from conformance.rank_threads import on_threads
-from tests.dtensor.layouts import Layout, layout
-from tests.dtensor.programs import SHAPES, run_steps
+from tests.dtensor.layouts import Layout, build_mesh, lay_out, layout
+from tests.dtensor.programs import OPTIMIZERS, SHAPES, run_steps
 from tests.dtensor.references import cases, error, on_one_thread
 from tests.dtensor.simulation import simulated_steps
 
@@ -80,16 +84,40 @@ def test_logical_matrices_on_more_ranks(text: str, split: str, shape: tuple[int,
     check(layout(text), name, shapes=(shape,) * 3, split=split)
 
 
-@pytest.mark.parametrize("name", ["muon", "normuon", "dion", "dion2", "dion3"])
-def test_torch_has_nothing_to_warn_of(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+WARNING = "_warn_flatten_optimization_not_possible"
+
+
+def unaveraged(name: str, where: Layout, options: dict[str, Any]) -> None:
+    """A step of replicas whose gradients are not averaged yet on any axis."""
+    mesh = build_mesh(where)
+    weight = lay_out(torch.ones(12, 8, dtype=torch.float64), where, mesh)
+    parameter = torch.nn.Parameter(weight)
+    pending = [Partial("avg")] * mesh.ndim
+    parameter.grad = DTensor.from_local(torch.randn(12, 8, dtype=torch.float64), mesh, pending)
+    OPTIMIZERS[name]([("weight", parameter)], compile=False, **options).step()
+
+
+@pytest.mark.skipif(not hasattr(_redistribute, WARNING), reason="torch warns of nothing there")
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [
+        ("muon", "assemble"),
+        ("muon", "gram"),
+        ("normuon", None),
+        ("dion", "low_rank"),
+        ("dion2", "exchange"),
+        ("dion3", "exchange"),
+    ],
+)
+def test_torch_has_nothing_to_warn_of(name: str, path: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """It warns of several collectives in one redistribution, which users would take for theirs."""
-    warnings: list[str] = []
-    monkeypatch.setattr(_redistribute, "_warned_flatten_issues", set(), raising=False)
-    monkeypatch.setattr(
-        _redistribute.logger, "warning", lambda message, *values: warnings.append(message % values)
-    )
-    for text in ("2x2 T0 S0", "2x2 T1 S1", "2x2 S1 S1", "2x2x2 R T0 S0", "2x2x2 S0 S1 S0"):
-        simulated_steps(name, layout(text), {"shapes": FEW, "steps": 1, "states": False})
+    warnings: list[Any] = []
+    monkeypatch.setattr(_redistribute, WARNING, lambda *values: warnings.append(values[2:6]))
+    options = {} if path is None else {"path": path}
+    for text in ("2x2 T0 S0", "2x2 T1 S1", "2x2 S0 S0", "2x2 R S0", "2x2x2 R T0 S0", "2x2x2 S0 S1 S0"):
+        shapes = {"shapes": ((13, 10),) * 8, "steps": 1, "states": False}
+        simulated_steps(name, layout(text), shapes | options)
+    on_threads(partial(unaveraged, name, layout("2x2 R R"), options), 4)
     assert not warnings
 
 
@@ -108,6 +136,21 @@ def one_raises() -> None:
     dist.barrier()
 
 
+def one_ends() -> None:
+    """A barrier to which rank 2 does not come, since it leaves."""
+    if dist.get_rank() == 2:
+        sys.exit("I give up")
+    dist.barrier()
+
+
+def one_sleeps() -> None:
+    """A barrier to which rank 2 comes too late."""
+    if dist.get_rank() == 2:
+        time.sleep(5)
+        return
+    dist.barrier()
+
+
 def test_threads_are_ranks() -> None:
     def summed() -> Tensor:
         value = torch.tensor(float(dist.get_rank()))
@@ -117,9 +160,14 @@ def test_threads_are_ranks() -> None:
     assert [float(value) for value in on_threads(summed, 5)] == [10.0] * 5
 
 
-def test_an_error_of_one_thread_is_that_of_all() -> None:
+def test_an_error_of_one_thread_is_that_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="not I"):
         on_threads(one_raises, 4)
     with pytest.raises(TimeoutError, match=r"ranks \[0, 1, 3\] of 4 did not return"):
         on_threads(one_leaves, 4, timeout=1.0)
+    with pytest.raises(SystemExit, match="I give up"):
+        on_threads(one_ends, 4)
+    monkeypatch.setattr(rank_threads, "END_SECONDS", 0.5)
+    with pytest.raises(TimeoutError, match=r"ranks \[2\] of 4 did not return"):
+        on_threads(one_sleeps, 4, timeout=0.5)
     test_threads_are_ranks()  # nothing is left behind

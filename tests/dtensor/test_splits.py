@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from dion_dtensor import Dion, Dion2, Dion3, Muon
+from dion_dtensor.matrices import Flatten
 from dion_dtensor.split_text import parse_split
 from dion_ref import ALGORITHMS
 from dion_ref import matrices as oracle
@@ -95,6 +96,8 @@ def test_merge_undoes_split(split: str) -> None:
         ("heads(0)", (8, 5), "needs positive integers for count"),
         ("flatten", (8, 5), "three to five dims"),
         ("heads(4)", (8, 5, 3, 3), "cut by 'flatten\\(heads\\(4\\)\\)'"),
+        ("heads(4)", (8, 5, 3), "a stack are cut by 'experts.*; a convolution is cut by 'flatten"),
+        ("columns(8)", (8, 5, 3, 3), "a matrix of 8 columns, not the shape \\[8, 5, 3, 3\\]$"),
         ("flatten(columns(8))", (8, 5, 3, 3), "a convolution is cut into blocks of rows"),
         ("flatten(experts)", (8, 5, 3, 3), "as in flatten\\(heads\\(groups\\)\\)"),
         ("columns(3, 4)", (5, 8), "needs a matrix of 7 columns, not the shape \\[5, 8\\]"),
@@ -109,6 +112,12 @@ def test_a_split_that_does_not_fit_is_refused_by_name(
     group = {"params": [("fused.weight", torch.nn.Parameter(torch.ones(shape)))], "split": split}
     with pytest.raises(ValueError, match=message):
         Muon([group])
+
+
+def test_one_group_is_the_whole_convolution() -> None:
+    assert str(parse_split("flatten(heads(1))")) == "flatten"
+    with pytest.raises(TypeError, match="takes a split such as Heads"):
+        Flatten("heads(4)")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
