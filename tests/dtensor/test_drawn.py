@@ -139,7 +139,7 @@ def test_any_split_in_float64_has_the_bits_of_one_device(ranks: Ranks, case: Dra
 
 
 @given(case=drawn(MORE_RANKS))
-@settings(SETTINGS, max_examples=80, derandomize=True)
+@settings(SETTINGS, max_examples=60, derandomize=True)
 def test_any_mesh_of_more_ranks(case: Drawn) -> None:
     check(None, case)
 

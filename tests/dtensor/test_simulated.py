@@ -21,8 +21,11 @@ from tests.dtensor.references import cases, error, on_one_thread
 from tests.dtensor.simulation import simulated_steps
 
 FEW = ((13, 10), (13, 10), (5, 12))
-SAMPLE = [layout(text) for text in ("8x8 T0 S0", "4x4x4 R S0 S1", "64 S0")]
-SWEEP = [layout(text) for text in ("8x8 S0 S1", "2x32 R S0", "2x4x8 R T0 S0", "2x2x4x4 R S0 S1 S0", "64 S1")]
+SAMPLE = [layout(text) for text in ("8x8 T0 S0", "2x4x4 R S0 S1", "64 S0")]
+SWEEP = [
+    layout(text)
+    for text in ("8x8 S0 S1", "4x4x4 R S0 S1", "2x32 R S0", "2x4x8 R T0 S0", "2x2x4x4 R S0 S1 S0", "64 S1")
+]
 EVERY = ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3", "adamw", "lion"]
 LOW_RANK = ("dion", "orth_dion")
 
@@ -45,9 +48,9 @@ def check(where: Layout, name: str, **options: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "where"),
     [
-        *cases(["muon", "dion"], SAMPLE, SAMPLE[:1]),
-        *cases(["normuon", "dion3", "adamw"], SAMPLE, SAMPLE[1:2]),
-        *cases(["orth_dion", "dion2", "lion"], SAMPLE, SAMPLE[2:]),
+        *cases(["muon", "dion", "adamw"], SAMPLE, SAMPLE[:1]),
+        *cases(["dion3"], SAMPLE, SAMPLE[1:2]),
+        *cases(["normuon", "orth_dion", "dion2", "lion"], SAMPLE, SAMPLE[2:]),
     ],
 )
 def test_large_meshes_agree_with_one_device(name: str, where: Layout) -> None:
@@ -114,7 +117,7 @@ def test_torch_has_nothing_to_warn_of(name: str, path: str | None, monkeypatch: 
     warnings: list[Any] = []
     monkeypatch.setattr(_redistribute, WARNING, lambda *values: warnings.append(values[2:6]))
     options = {} if path is None else {"path": path}
-    for text in ("2x2 T0 S0", "2x2 T1 S1", "2x2 S0 S0", "2x2 R S0", "2x2x2 R T0 S0", "2x2x2 S0 S1 S0"):
+    for text in ("2x2 T0 S0", "2x2 S0 S0", "2x2 R S0", "2x2x2 S0 S1 S0"):
         shapes = {"shapes": ((13, 10),) * 8, "steps": 1, "states": False}
         simulated_steps(name, layout(text), shapes | options)
     on_threads(partial(unaveraged, name, layout("2x2 R R"), options), 4)
