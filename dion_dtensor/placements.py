@@ -27,7 +27,6 @@ __all__ = [
     "of_reduced",
     "of_transposed",
     "order_of_moves",
-    "same",
     "suit",
     "ways_to",
     "ways_to_reduced",
@@ -43,12 +42,6 @@ def constant(function: Callable[Arguments, Result]) -> Callable[Arguments, Resul
     """Let Dynamo call ``function`` when it traces, and take the result as it is."""
     marked: Callable[Arguments, Result] = torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
     return marked
-
-
-@constant
-def same(left: Placements, right: Placements) -> bool:
-    """Whether two tensors on one mesh lie alike."""
-    return left == right
 
 
 @constant
