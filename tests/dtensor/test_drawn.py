@@ -139,7 +139,7 @@ def test_any_split_in_float64_has_the_bits_of_one_device(ranks: Ranks, case: Dra
 
 
 @given(case=drawn(MORE_RANKS))
-@settings(SETTINGS, max_examples=60, derandomize=True)
+@settings(SETTINGS, max_examples=40, derandomize=True)
 def test_any_mesh_of_more_ranks(case: Drawn) -> None:
     check(None, case)
 
@@ -166,7 +166,7 @@ RESUMED = {"name": st.sampled_from(["muon", "normuon", "dion", "dion2", "dion3",
 
 
 @given(**RESUMED)
-@settings(SETTINGS, max_examples=8, derandomize=True)
+@settings(SETTINGS, max_examples=6, derandomize=True)
 def test_training_goes_on_on_any_other_mesh(name: str, source: Layout, target: Layout) -> None:
     with TemporaryDirectory() as folder:
         check_resuming(name, source, target, folder)
