@@ -24,6 +24,7 @@ __all__ = ["on_threads", "told_to_stop"]
 Result = TypeVar("Result")
 
 threaded: Any = multi_threaded_pg  # untyped
+# Torch's stubs leave it out.
 isolate_threads: Any = _distributed_c10d._set_thread_isolation_mode  # type: ignore[attr-defined]
 END_SECONDS = 10.0
 """After a failure, for the others to leave the collectives in which they wait."""

@@ -17,7 +17,7 @@ from conformance import rank_threads
 from conformance.rank_threads import on_threads
 from tests.dtensor.layouts import Layout, build_mesh, lay_out, layout
 from tests.dtensor.programs import OPTIMIZERS, SHAPES, run_steps
-from tests.dtensor.references import cases, error, on_one_thread, slow
+from tests.dtensor.references import EVERY, cases, error, on_one_thread, slow
 from tests.dtensor.simulation import simulated_steps
 
 FEW = ((13, 10), (13, 10), (5, 12))
@@ -26,7 +26,6 @@ SWEEP = [
     layout(text)
     for text in ("8x8 S0 S1", "4x4x4 R S0 S1", "2x32 R S0", "2x4x8 R T0 S0", "2x2x4x4 R S0 S1 S0", "64 S1")
 ]
-EVERY = ["muon", "normuon", "dion", "orth_dion", "dion2", "dion3", "adamw", "lion"]
 LOW_RANK = ("dion", "orth_dion")
 
 
@@ -59,13 +58,13 @@ def test_large_meshes_agree_with_one_device(name: str, where: Layout) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [*EVERY, "adamw", "lion"])
 @pytest.mark.parametrize("where", SAMPLE + SWEEP, ids=str)
 def test_large_meshes_agree_with_one_device_on_all_shapes(where: Layout, name: str) -> None:
     check(where, name, shapes=SHAPES)
 
 
-@pytest.mark.parametrize("name", EVERY[:6])
+@pytest.mark.parametrize("name", EVERY)
 @pytest.mark.parametrize("path", ["auto", "assemble"])
 def test_a_strided_shard_need_not_cut_the_smallest_pieces(name: str, path: str) -> None:
     """The last axis cuts what the strided one left: whole matrices would have their columns in another order."""

@@ -116,7 +116,7 @@ def test_a_split_that_does_not_fit_is_refused_by_name(
 
 def test_one_group_is_the_whole_convolution() -> None:
     assert str(parse_split("flatten(heads(1))")) == "flatten"
-    with pytest.raises(TypeError, match="takes a split such as Heads"):
+    with pytest.raises(TypeError, match="takes a split such as Heads"):  # a text, which types forbid
         Flatten("heads(4)")  # type: ignore[arg-type]
 
 
