@@ -230,16 +230,9 @@ class InterleavedColumns:
         return InterleavedRows(self.sizes, self.groups, self.stacked)
 
 
-@dataclass(frozen=True)
-class Experts:
-    """A 3-D weight ``[E, m, n]`` as a stack of E matrices, each a logical one or cut by ``inner``.
-
-    With ``inner``, such as ``Rows((I, I))`` for a fused gate and up, there is a stack for each of its pieces: of the
-    first of every expert, then of the second of every expert.
-
-    Raises:
-        TypeError: ``inner`` is neither a split nor None.
-    """
+@dataclass(frozen=True, repr=False)
+class _Cut:
+    """Matrices that the split ``inner`` cuts in turn, if there is one."""
 
     inner: Split | None = None
 
@@ -248,7 +241,19 @@ class Experts:
             _need_split(self.inner)
 
     def __repr__(self) -> str:
-        return "Experts()" if self.inner is None else f"Experts({self.inner!r})"
+        return f"{type(self).__name__}({'' if self.inner is None else repr(self.inner)})"
+
+
+@dataclass(frozen=True, repr=False)
+class Experts(_Cut):
+    """A 3-D weight ``[E, m, n]`` as a stack of E matrices, each a logical one or cut by ``inner``.
+
+    With ``inner``, such as ``Rows((I, I))`` for a fused gate and up, there is a stack for each of its pieces: of the
+    first of every expert, then of the second of every expert.
+
+    Raises:
+        TypeError: ``inner`` is neither a split nor None.
+    """
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """The tensor itself, a stack, or a stack a piece."""
@@ -275,8 +280,8 @@ class Experts:
         return list(piece) if len(piece) == E else list(piece.reshape(E, -1, *piece.shape[1:]))
 
 
-@dataclass(frozen=True)
-class Flatten:
+@dataclass(frozen=True, repr=False)
+class Flatten(_Cut):
     """A convolution ``[out, in, kh, kw]`` (or of 1 or 3 spatial dims) as the matrix ``[out, in * kh * kw]``.
 
     With ``inner`` that matrix is cut into blocks: ``Heads(groups)`` for one of several groups, whose outputs see
@@ -285,15 +290,6 @@ class Flatten:
     Raises:
         TypeError: ``inner`` is neither a split nor None.
     """
-
-    inner: Split | None = None
-
-    def __post_init__(self) -> None:
-        if self.inner is not None:
-            _need_split(self.inner)
-
-    def __repr__(self) -> str:
-        return "Flatten()" if self.inner is None else f"Flatten({self.inner!r})"
 
     def split(self, tensor: Tensor) -> tuple[Tensor, ...]:
         """One matrix, or its blocks."""
