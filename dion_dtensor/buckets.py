@@ -15,7 +15,7 @@ from torch import Tensor
 from dion_dtensor import updates
 from dion_dtensor.assembly import agreed_maximum, averaged, scattered
 from dion_dtensor.captured import Recorder, joined
-from dion_dtensor.members import Member, StateForm, initial_entries, state_forms
+from dion_dtensor.members import Member, StateForm, initial_entries, scale_entries, state_forms
 from dion_dtensor.paths import chosen_path, path_of
 from dion_dtensor.planning import Choice
 from dion_dtensor.planning.buckets import FEW_WEIGHTS
@@ -183,20 +183,7 @@ class Bucket:
         if len(set(scales)) == 1:
             return torch.tensor(scales[0], dtype=torch.float64, device=self.device)
         assert form is not None
-        assert form.cut is not None
-        pieces = form.entry_pieces
-        columns = [
-            torch.full((p.count, p.m, 1), s, dtype=torch.float64, device="cpu")
-            for p, s in zip(pieces, scales, strict=True)
-        ]
-        rows = form.cut.merge(columns, (sum(p.count * p.m for p in pieces), 1))[0]
-        values = rows.mT.contiguous() if form.across else rows
-        beyond = len(form.entry.shape) - 2  # a convolution's that is assembled
-        values = values.view(*values.shape, *[1] * beyond)
-        dims = (None, "column") if form.across else ("row", None, *[None] * beyond)
-        own_dims = ("row", "column", *["column"] * beyond)
-        layout = form.entry.derived(dims, tuple(values.shape), values.dtype, own_dims)
-        return scattered(values.to(self.device), layout)
+        return scale_entries(form, scales, self.device)
 
     def step(self, members: Sequence[Member], grads: Sequence[Tensor], pending: tuple[int, ...] = ()) -> None:
         """Step ``members`` (all of the bucket, or those that have a gradient) with their local ``grads``.

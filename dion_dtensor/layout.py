@@ -112,20 +112,21 @@ class StorageLayout:
         dims: Sequence[str | None],
         sizes: Sequence[int],
         dtype: torch.dtype,
-        own_dims: Sequence[str] = ("row", "column"),
+        own_dims: Sequence[str] | None = None,
     ) -> StorageLayout:
-        """The layout of a state of a tensor whose dims are ``own_dims``, and the state's ``dims``.
+        """The layout of a state of a tensor whose dims are ``own_dims`` (rows, then columns), and the state's ``dims``.
 
         A mesh axis that shards rows shards the state's "row" dim in the same way, likewise "column".  Where the
         state lacks that dim, the axis shards its "rank" dim, so that no rank holds more than its share, or
         replicates the state when there is none.
         """
+        own = own_dims or ("row", *["column"] * (len(self.shape) - 1))
 
         def placed(placement: Placement) -> Placement:
             dim = shard_dim(placement)
             if dim is None:
                 return placement
-            name = own_dims[dim]
+            name = own[dim]
             if name not in dims:
                 name = "rank"
             return move_shard(placement, dims.index(name)) if name in dims else Replicate()

@@ -16,7 +16,7 @@ from dion_dtensor.matrices import Experts, Flatten, Heads, Piece, Split, by_rows
 from dion_dtensor.philox import normal
 from dion_dtensor.rules import Rule, StateSpec
 
-__all__ = ["Form", "Member", "StateForm", "form_of", "initial_entries", "state_forms"]
+__all__ = ["Form", "Member", "StateForm", "form_of", "initial_entries", "scale_entries", "state_forms"]
 
 
 @dataclass(frozen=True)
@@ -175,15 +175,13 @@ def state_forms(
 def _row_state(layout: StorageLayout, form: Form, spec: StateSpec, dtype: torch.dtype) -> StateForm:
     names = ("column", "row") if form.across else ("row", "column")
     rows = form.entry.shape[names.index("row")]
-    own = (*names, *["column"] * (len(form.entry.shape) - 2))
-    entry = form.entry.derived(("row", None), (rows, 1), dtype, own)
+    entry = form.entry.derived(("row", None), (rows, 1), dtype, names if form.across else None)
     if form.kind == "whole":
         return StateForm(spec, entry, entry, ())
     if isinstance(form.split, Experts):
         shown = layout.derived(("unit", "row", None), (layout.shape[0], rows, 1), dtype, ("unit", *names))
     else:
-        own = ("row", *["column"] * (len(layout.shape) - 1))
-        shown = layout.derived(("row", None), (layout.shape[0], 1), dtype, own)
+        shown = layout.derived(("row", None), (layout.shape[0], 1), dtype)
     return StateForm(spec, entry, shown, ())
 
 
@@ -207,6 +205,22 @@ def _factor_state(
     sizes = (form.pieces[index].count, *spec.sizes)
     names = ("unit", "row", "column") if isinstance(form.split, Experts) else ("unit", "column")
     return StateForm(spec, entry, layout.derived(("unit", *spec.dims), sizes, dtype, names), (index,))
+
+
+def scale_entries(form: Form, scales: Sequence[float], device: torch.device) -> Tensor:
+    """The factor of each row of a logical matrix that this rank holds, in float64, where ``scales`` are the pieces'."""
+    assert form.cut is not None
+    pieces = form.entry_pieces
+    columns = [
+        torch.full((piece.count, piece.m, 1), scale, dtype=torch.float64, device="cpu")
+        for piece, scale in zip(pieces, scales, strict=True)
+    ]
+    rows = form.cut.merge(columns, (sum(piece.count * piece.m for piece in pieces), 1))[0]
+    values = rows.mT.contiguous() if form.across else rows
+    beyond = [None] * (len(form.entry.shape) - 2)  # a convolution's that is assembled
+    values = values.view(*values.shape, *[1 for _ in beyond])
+    dims = (None, "column") if form.across else ("row", None, *beyond)
+    return scattered(values.to(device), form.entry.derived(dims, tuple(values.shape), values.dtype))
 
 
 @dataclass(eq=False)

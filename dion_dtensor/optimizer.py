@@ -252,12 +252,16 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                 check_group(group, foreign=True, wait=False)
             adopt(members, self.state)
             work = checked_gradients(self.buckets, members, self.validate, self.averaged)
-            with undone_on_failure(self.buckets) if self.atomic else nullcontext():
-                for bucket, stepped, grads, pending in work:
-                    bucket.step(stepped, grads, pending)
-                if self.resync_every and (self._steps + 1) % self.resync_every == 0:
-                    self.synchronize()
-            self._steps += 1
+            self._steps += 1  # at once: half a step that is not undone has begun to train these parameters
+            try:
+                with undone_on_failure(self.buckets) if self.atomic else nullcontext():
+                    for bucket, stepped, grads, pending in work:
+                        bucket.step(stepped, grads, pending)
+                    if self.resync_every and self._steps % self.resync_every == 0:
+                        self.synchronize()
+            except BaseException:
+                self._steps -= self.atomic
+                raise
         return loss
 
     @torch.no_grad()

@@ -98,6 +98,34 @@ def test_a_step_that_fails_in_the_middle_is_undone(
     assert all(same) == atomic
 
 
+@pytest.mark.parametrize("atomic", [True, False])
+def test_after_half_a_first_step_other_parameters_are_not_followed(
+    atomic: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Unless all of it was undone: they would train from a state that the others have left."""
+    parameters, optimizer = trainer(Muon, max_bucket_bytes=1, atomic=atomic)
+    give_gradients(parameters, 0)
+    really = Bucket.step
+
+    def failing(bucket: Bucket, *args: Any) -> None:
+        if bucket is optimizer.buckets[-1]:
+            raise MemoryError("no more")
+        really(bucket, *args)
+
+    monkeypatch.setattr(Bucket, "step", failing)
+    with pytest.raises(MemoryError, match="no more"):
+        optimizer.step()
+    monkeypatch.undo()
+    (group,) = optimizer.param_groups
+    group["params"] = [torch.nn.Parameter(parameter.detach().clone()) for parameter in parameters]
+    if atomic:
+        assert set(optimizer.state_dict()["state"]) == set(range(len(parameters)))
+        assert set(optimizer.state) == set(group["params"])
+    else:
+        with pytest.raises(RuntimeError, match="is not the one that the optimizer was made with"):
+            optimizer.step()
+
+
 def test_a_step_whose_momenta_cannot_be_averaged_is_undone(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters, optimizer = trainer(Dion, resync_every=2, atomic=True)
     for step in range(2):
