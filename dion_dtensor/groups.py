@@ -37,6 +37,7 @@ from dion_dtensor.roles import (
     may_hold_several,
     plain_names,
     roles,
+    rows_of_experts,
 )
 from dion_dtensor.rules import RULES
 from dion_dtensor.split_text import parse_split
@@ -135,7 +136,7 @@ def param_groups(
         for pattern in patterns:
             if not missing_ok and not any(_matches(pattern, names) for names in aliases.values()):
                 raise ValueError(f"{argument} pattern {pattern!r} matches no parameter of the model")
-    of_modules = roles(model)
+    of_modules, of_experts = roles(model), rows_of_experts(model)
     groups: dict[tuple[str, str | None, bool], dict[str, Any]] = {}
     for name, parameter in every.items():
         if not parameter.requires_grad:
@@ -175,7 +176,7 @@ def param_groups(
                     rate.clone() if isinstance(rate, Tensor) else rate
                 )  # a schedule writes into it
         groups[key]["params"].append((name, parameter))
-        several = why in IN_GROUPS or may_hold_several(name)
+        several = why in IN_GROUPS or id(parameter) in of_experts or may_hold_several(name)
         may_be_several = several and not RULES[rule].elementwise and not matching
         groups[key]["reasons"][name] = (why or "matrix") + (
             "; of several? see split" if may_be_several else ""

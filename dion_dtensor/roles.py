@@ -24,6 +24,7 @@ __all__ = [
     "may_hold_several",
     "plain_names",
     "roles",
+    "rows_of_experts",
 ]
 
 # Of modules whose last Linear is a head.
@@ -65,6 +66,8 @@ ALONE = re.compile(r"\.(w?[qkv](_proj)?|query|key|value)\.weight$")
 NO_MATRIX = re.compile(
     r"^(?![wW]_)(.*_)?((bias|biases)(_\w+)?|scale|scales|gain|alpha|beta|gamma|log|freqs|queries)$(?<!weight)(?<!proj)"
 )
+# Attributes of a module that say how many experts its weights are of.
+EXPERT_COUNTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_experts")
 HEAD, HEAD_BY_SHAPE = "output head", "output head, by its shape"
 CONVOLUTION, GROUPED = "convolution", "convolution in groups"
 TRANSPOSED, TRANSPOSED_GROUPED = "transposed convolution", "transposed convolution in groups"
@@ -185,6 +188,20 @@ def _own(module: nn.Module, name: str, parameter: Tensor) -> str | None:
 def may_hold_several(name: str) -> bool:
     """Whether a weight's name speaks of several matrices."""
     return FUSED.search(name) is not None and ALONE.search(name) is None
+
+
+def rows_of_experts(model: nn.Module) -> set[int]:
+    """The ids of weights ``[E k, n]`` that a module of E experts holds itself, as of DBRX and megablocks."""
+    found = set()
+    for module in model.modules():
+        counts = [getattr(module, name, None) for name in EXPERT_COUNTS]
+        for count in counts:
+            if isinstance(count, int) and count > 1:
+                for parameter in module.parameters(recurse=False):
+                    rows, *columns = parameter.shape if parameter.ndim == 2 else (0,)
+                    if rows > count and rows % count == 0 and columns != [count]:  # which is a router
+                        found.add(id(parameter))
+    return found
 
 
 def _by_heads(width: int, heads: int, size: int) -> bool:

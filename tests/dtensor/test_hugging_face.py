@@ -52,6 +52,21 @@ HUGGING_FACE: dict[str, tuple[str, dict[str, Any], dict[str, str]]] = {
             "model.layers.0.feed_forward.experts.gate_up_proj": "4 of 192x64",
         },
     ),
+    "DbrxForCausalLM": (
+        "DbrxConfig",
+        {
+            "d_model": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+            "vocab_size": 100,
+            "attn_config": {"rope_theta": 10000.0},
+            "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "hidden_size": 64},
+        },
+        {
+            "transformer.blocks.0.ffn.experts.mlp.w1": "matrix; of several? see split",
+            "transformer.blocks.0.ffn.router.layer.weight": "matrix",
+        },
+    ),
     "BertForSequenceClassification": ("BertConfig", SIZES, {"classifier.weight": "output head"}),
     "BertForQuestionAnswering": (
         "BertConfig",

@@ -63,6 +63,29 @@ def test_what_may_hold_several_matrices_says_so() -> None:
     assert reasons_of(model, split={"qkv": (8, 8, 8)})["qkv.weight"] == "2-D, rows(8, 8, 8)"
 
 
+class RowsOfExperts(nn.Module):
+    """As of DBRX and megablocks: the experts of a weight lie one below the other."""
+
+    def __init__(self, count: Any = 4) -> None:
+        super().__init__()
+        self.moe_num_experts = count
+        self.w1 = nn.Parameter(torch.ones(4 * 6, 8))
+        self.odd = nn.Parameter(torch.ones(26, 8))
+        self.router, self.turned = nn.Parameter(torch.ones(4, 8)), nn.Parameter(torch.ones(8, 4))
+        self.up = nn.Linear(8, 24, bias=False)
+
+
+def test_experts_in_the_rows_of_one_weight_say_so() -> None:
+    reasons = reasons_of(RowsOfExperts())
+    assert reasons.pop("w1") == "matrix; of several? see split"
+    assert set(reasons.values()) == {"matrix"}
+    for count in (1, None, nn.Identity()):
+        assert set(reasons_of(RowsOfExperts(count)).values()) == {"matrix"}
+    model = RowsOfExperts()
+    rows = {row.name: row for row in audit(Muon(param_groups(model, heads={"w1": 4}), compile=False)).rows}
+    assert (rows["w1"].matrices, rows["w1"].why) == ("4 of 6x8", "2-D, heads(4)")
+
+
 class Experts(nn.Module):
     """As torchtitan's gpt-oss has them: the letters of their dims in the names, and biases [experts, outputs]."""
 
