@@ -49,7 +49,14 @@ def steps(printed: str) -> list[str]:
 
 
 def test_every_script_is_run_here() -> None:
-    assert set(SCRIPTS) == {"train_fsdp.py", "train_ddp.py", "train_hf.py", "train_hf_fsdp.py", "titan.py"}
+    assert set(SCRIPTS) == {
+        "train_fsdp.py",
+        "train_ddp.py",
+        "train_hf.py",
+        "train_hf_fsdp.py",
+        "titan.py",
+        "my_rules.py",
+    }
     assert len(SAMPLES) > 5
 
 
@@ -133,6 +140,15 @@ for part, optimizer in zip(parts, container.optimizers, strict=True):
     assert set(optimizer.state_dict()["state"]) == set(range(len(names)))
 print("stepped", sum(map(len, container.optimizers[0].state.values())))
 """
+
+
+def test_a_contender_of_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "my_rules.py").write_text(SCRIPTS["my_rules.py"])
+    (tmp_path / "ask.py").write_text(
+        "from conformance.convergence.studies import contender\n"
+        "print(contender('my_rules:signed_muon').hyper)\n"
+    )
+    assert "(('mu', 0.9),)" in run(tmp_path, "ask.py")
 
 
 def test_torchtitan_container(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from conformance.convergence.contenders import is_contender
 from conformance.convergence.spread import Interval, interval, steps_to, within_seeds
 from conformance.convergence.studies import Study
 from conformance.convergence.sweep import Result
@@ -150,7 +151,12 @@ class Measured:
 
 
 def verdicts(measured: Measured) -> list[Verdict]:
-    """Every claim that the results speak to; a claim without results is listed as not measured."""
+    """Every claim that the results speak to; a claim without results is listed as not measured.
+
+    Where there are contenders, what is asked of them, and no public claim.
+    """
+    if any(is_contender(result.task.entry.algorithm) for result in measured.results):
+        return [*_fewer_steps(measured), *_of_contenders(measured)]
     return [
         *_fewer_steps(measured),
         *_grows_with_batch(measured),
@@ -291,6 +297,37 @@ def _compared(
                     )
                 )
     return made or _none(claim)
+
+
+def _of_contenders(measured: Measured) -> list[Verdict]:
+    """Of each contender against each known rule but AdamW: steps to AdamW's loss, and loss at equal steps."""
+    labels = {result.task.entry.label: result.task.entry.algorithm for result in measured.results}
+    own = [label for label, algorithm in labels.items() if is_contender(algorithm)]
+    made = []
+    for reference in [label for label in labels if label not in own and label != "AdamW"]:
+        claim = f"fewer steps than {reference} to AdamW's loss"
+        for study in measured.studies("batch", "vision"):
+            theirs = measured.steps(study, reference)
+            for label in own:
+                mine = measured.steps(study, label)
+                seeds = [seed for seed in mine if math.isfinite(theirs.get(seed, math.inf))]
+                if len(seeds) < 2:
+                    continue
+                verdict, _ = smaller(mine, theirs)
+                ratio = interval([mine[seed] / theirs[seed] for seed in seeds])
+                sizes = ratio.mean, ratio.low, ratio.high
+                made.append(
+                    Verdict(
+                        f"{claim}: {label}",
+                        measured.setting(study),
+                        verdict,
+                        *sizes,
+                        f"x {reference}'s steps",
+                    )
+                )
+        pairs = tuple((label, reference) for label in own)
+        made += _better(f"a smaller loss at equal steps than {reference}", measured, pairs)
+    return made
 
 
 def _feedback(measured: Measured) -> list[Verdict]:

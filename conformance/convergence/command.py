@@ -11,6 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
+from conformance.named import look_here
+
 converge = typer.Typer(help="The public claims, measured by training here; and the convergence gate.")
 
 
@@ -40,14 +42,34 @@ def sweep(
     ] = "",
     images: Annotated[str, typer.Option(help="Folder of Fashion-MNIST.  [default: the usual places]")] = "",
     device: Annotated[str, typer.Option(help="cpu, or cuda (bfloat16 autocast, compiled steps).")] = "cpu",
+    contenders: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contender",
+            metavar="MODULE:FUNCTION",
+            help="Instead of the public claims: an optimizer of yours, made of pairs (name, matrix) and, if the "
+            "function takes them, mu or betas, which are tuned as the rate is (repeatable).",
+        ),
+    ] = None,
+    against: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RULE", help="Rules that the contenders meet besides AdamW (repeatable).  [default: Muon]"
+        ),
+    ] = None,
     plan_only: Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
 ) -> None:
     """Tune, train and compare the optimizers on real data; say for each public claim whether it shows here."""
     if context.invoked_subcommand is not None:
         return
-    from conformance.convergence.studies import SCALES
+    from conformance.convergence.studies import ENTRIES, SCALES, contender
 
+    if against and not contenders:
+        raise typer.BadParameter("--against names the rules that a --contender meets; there is none")
+    for rule in against or ():
+        if rule not in ENTRIES:
+            raise typer.BadParameter(f"{rule!r} is no rule; choose from {', '.join(ENTRIES)}")
     if preset not in SCALES:
         raise typer.BadParameter(f"{preset!r} is no preset; choose from {', '.join(SCALES)}")
     scale = SCALES[preset]
@@ -63,7 +85,25 @@ def sweep(
     spec = replace(spec, kind=task, data="" if task == "teacher" else text or largest_text())
     scale = replace(scale, spec=spec, seeds=seeds, images=images or usual_images())
 
-    raise typer.Exit(run_sweep(scale, folder, budget, device, plan_only=plan_only, json_file=json_file))
+    if contenders:
+        look_here()
+    try:
+        own = [contender(text) for text in contenders or ()]
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    if len({entry.label for entry in own}) < len(own):
+        raise typer.BadParameter("two contenders have functions of the same name; rename one")
+    status = run_sweep(
+        scale,
+        folder,
+        budget,
+        device,
+        contenders=own,
+        against=against or ("Muon",),
+        plan_only=plan_only,
+        json_file=json_file,
+    )
+    raise typer.Exit(status)
 
 
 @converge.command("gate")

@@ -116,7 +116,7 @@ class OraclePort:
         )
 
 
-class _OptimizerDriver:
+class OptimizerDriver:
     """Drives a `torch.optim.Optimizer` whose groups all share one rate."""
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Mapping[str, Tensor]) -> None:
@@ -162,7 +162,7 @@ class ProductionPort:
 
     def driver(self, algorithm: str, parameters: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> Driver:
         """See `Port`."""
-        return _OptimizerDriver(_optimizer(algorithm, parameters, hyper, self.compile, self.seed), parameters)
+        return OptimizerDriver(_optimizer(algorithm, parameters, hyper, self.compile, self.seed), parameters)
 
 
 def _optimizer(

@@ -19,7 +19,7 @@ from conformance.convergence.planning import Clock, Plan, make_plan
 from conformance.convergence.progress import Monitor
 from conformance.convergence.spectra import singular_values
 from conformance.convergence.store import Store
-from conformance.convergence.studies import Scale, Task, tasks
+from conformance.convergence.studies import Entry, Scale, Task, tasks
 from conformance.convergence.sweep import Result, Sweep
 from conformance.convergence.terminal import make_console
 from conformance.convergence.training import Run
@@ -35,6 +35,8 @@ def run_sweep(
     budget: float | None,
     device: str,
     *,
+    contenders: Sequence[Entry] = (),
+    against: Sequence[str] = ("Muon",),
     plan_only: bool = False,
     json_file: Path | None = None,
     now: Callable[[], float] = time.monotonic,
@@ -46,6 +48,7 @@ def run_sweep(
         folder: of the runs and the report.
         budget: minutes for this call; None for no limit. Runs that are in the folder already cost nothing.
         device: "cpu" or "cuda".
+        contenders, against: see `studies.tasks`.
         plan_only: print the plan and stop.
         json_file: where the results go as well.
         now: the clock the budget is kept by, in seconds.
@@ -65,10 +68,14 @@ def run_sweep(
     port = BestPort(production=ProductionPort(compile=device == "cuda"))
     clock = Clock(port, device, dict((store.read("step_times.json") or {}).get(device, {})))
     finished = (store.read("finished.json") or {}).get("tasks", [])
-    wanted = [task for task in tasks(scale) if _available(task, console)]
+    wanted = [task for task in tasks(scale, contenders, against) if _available(task, console)]
     with console.status("measuring step times"):
         plan = make_plan(
-            wanted, lambda task: 0.0 if key(task) in finished else clock.seconds(task), seconds, now
+            wanted,
+            lambda task: 0.0 if key(task) in finished else clock.seconds(task),
+            seconds,
+            now,
+            together=bool(contenders),
         )
     store.write("step_times.json", {device: clock.known})
     _show_plan(console, plan)
@@ -87,11 +94,12 @@ def run_sweep(
             now=now,
         )
         try:
-            unfinished = _do(sweep, plan, store, finished, monitor)
+            further = [] if contenders else list(plan.dropped)
+            unfinished = _do(sweep, plan, further, store, finished, monitor)
         except KeyboardInterrupt:
             console.print("interrupted; the same command goes on from here", highlight=False)
             return 130
-    spectra = _spectra(scale, sweep.results, port) if sweep.results else {}
+    spectra = _spectra(scale, sweep.results, port) if sweep.results and not contenders else {}
     done = [result.task.name for result in sweep.results]
     dropped = [task.name for task in plan.dropped if task.name not in done]
     content = output.write(folder, sweep.results, dropped, unfinished, spectra, now() - began)
@@ -100,7 +108,8 @@ def run_sweep(
     measured = Measured(sweep.results)
     for table in output.tables(measured):
         console.print(table)
-    console.print(output.claims_table(verdicts(measured)))
+    title = "What the contenders show, here" if contenders else "The public claims, here"
+    console.print(output.claims_table(verdicts(measured), title))
     for name in unfinished:
         console.print(f"cut off by the deadline: {name}", highlight=False)
     console.print(
@@ -116,13 +125,15 @@ def key(task: Task) -> str:
     return sha256(repr((asdict(task.study), asdict(task.entry))).encode()).hexdigest()[:16]
 
 
-def _do(sweep: Sweep, plan: Plan, store: Store, finished: list[str], monitor: Monitor) -> list[str]:
+def _do(
+    sweep: Sweep, plan: Plan, further: list[Task], store: Store, finished: list[str], monitor: Monitor
+) -> list[str]:
     unfinished: list[str] = []
-    waiting, dropped = list(plan.taken), list(plan.dropped)
-    while waiting or dropped:
+    waiting = list(plan.taken)
+    while waiting or further:
         if not waiting:
             # all done, and time left: a task that had been dropped may fit after all
-            task = dropped.pop(0)
+            task = further.pop(0)
             if unfinished or not _fits(task, plan, sweep, monitor):
                 continue
             monitor.add(task)

@@ -16,6 +16,7 @@ from rich import box
 from rich.table import Table
 
 from conformance.convergence.claims import Measured, Verdict, verdicts
+from conformance.convergence.contenders import ContenderPort
 from conformance.convergence.figures import draw
 from conformance.convergence.spread import Interval, interval
 from conformance.convergence.sweep import Result
@@ -132,6 +133,8 @@ INTERVALS = (
     "±: 95% by Student's t. Losses: within seeds, that is, without what a seed (weights, batches) does to all rules "
     "alike. Ratios: seed by seed. Steps: over seeds."
 )
+FAST = ("dion_dtensor", ContenderPort.name)
+"""What took the steps where their time says something."""
 COLUMNS = (
     "rule",
     "lr, momentum",
@@ -159,7 +162,7 @@ def _cells(measured: Measured, result: Result) -> tuple[str, ...]:
         reached,
         show(interval(list(measured.ratios(study, label).values()))) if steps else "-",
         f"{1000 * result.step_seconds:.1f}",
-        f"{1000 * result.optimizer_seconds:.1f}" + ("" if result.port == "dion_dtensor" else "*"),
+        f"{1000 * result.optimizer_seconds:.1f}" + ("" if result.port in FAST else "*"),
     )
 
 
@@ -177,9 +180,9 @@ def tables(measured: Measured) -> list[Table]:
     return made
 
 
-def claims_table(claims: Sequence[Verdict]) -> Table:
+def claims_table(claims: Sequence[Verdict], title: str) -> Table:
     """One row a claim and setting."""
-    table = Table(title="The public claims, here", title_justify="left", box=box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     for column in ("claim", "where", "verdict", "effect, 95% interval"):
         table.add_column(column)
     for one in claims:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -99,6 +100,8 @@ def make_plan(
     seconds: Callable[[Task], float],
     budget: float | None,
     clock: Callable[[], float] = time.monotonic,
+    *,
+    together: bool = False,
 ) -> Plan:
     """Takes tasks in their order while they fit; a later, smaller one may still fit where a larger one did not.
 
@@ -107,6 +110,7 @@ def make_plan(
         seconds: expected time of one.
         budget: seconds for all, measuring included; None for no limit.
         clock: what the time spent on measuring is read from.
+        together: take all tasks of a study or none.
 
     Returns:
         The plan; a study's rules are kept together with the study's reference, AdamW: without it none is taken.
@@ -116,21 +120,23 @@ def make_plan(
     dropped: list[Task] = []
     expected: dict[str, float] = {}
     total = 0.0
-    for task in tasks:
-        without_reference = (
-            task.study.with_steps
-            and task.entry.algorithm != "adamw"
-            and not any(t.study == task.study and t.entry.algorithm == "adamw" for t in taken)
-        )
+    groups = [[task] for task in tasks]
+    if together:
+        groups = [list(some) for _, some in itertools.groupby(tasks, lambda task: task.study)]
+    for group in groups:
+        study = group[0].study
+        references = [task for task in (*taken, *group) if task.entry.algorithm == "adamw"]
+        without_reference = study.with_steps and not any(task.study == study for task in references)
         limit = None if budget is None else budget * (1 - RESERVE) - (clock() - began)
         # nothing is measured for which there is no time at all
         if without_reference or (limit is not None and limit - total < 0.01 * (budget or 0)):
-            dropped.append(task)
+            dropped += group
             continue
-        expected[task.name] = seconds(task)
-        if limit is not None and total + expected[task.name] > limit:
-            dropped.append(task)
+        expected |= {task.name: seconds(task) for task in group}
+        needed = sum(expected[task.name] for task in group)
+        if limit is not None and total + needed > limit:
+            dropped += group
             continue
-        taken.append(task)
-        total += expected[task.name]
+        taken += group
+        total += needed
     return Plan(tuple(taken), tuple(dropped), expected, budget)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from conformance.convergence.contenders import algorithm_of, settings_of
 from conformance.convergence.training import Run
 from conformance.convergence.workloads import Spec
 
@@ -55,6 +56,20 @@ ENTRIES: Mapping[str, Entry] = {
     )
 }
 """Every rule of a sweep by label."""
+
+
+def contender(text: str) -> Entry:
+    """The entry of a user's ``module:function``; `mu` or `betas` are tuned where it takes them.
+
+    Raises:
+        ValueError: no such function, one called like a rule of a sweep, or one whose optimizer takes no step.
+    """
+    label = text.partition(":")[2]
+    if label in ENTRIES:
+        raise ValueError(f"contender {text!r}: a rule of the sweep is called {label}; rename the function")
+    begins = {"mu": MU[1], "betas": dict(ENTRIES["AdamW"].hyper)["betas"]}
+    hyper = {name: begins[name] for name in begins if name in settings_of(text)}
+    return Entry(label, algorithm_of(text, hyper), tuple(sorted(hyper.items())))
 
 
 @dataclass(frozen=True)
@@ -166,8 +181,15 @@ THIRD = ("Orth-Dion 1/4", "Orth-Dion 1", "Orth-Dion 1/2", "Orth-Dion 1/8", "Orth
 LAST = ("Dion2 1", "Dion3 1", "Dion3 1/8")
 
 
-def tasks(scale: Scale) -> list[Task]:
-    """Every task of a sweep, the most telling first; a plan takes them in this order."""
+def tasks(scale: Scale, contenders: Sequence[Entry] = (), against: Sequence[str] = ("Muon",)) -> list[Task]:
+    """Every task of a sweep, the most telling first; a plan takes them in this order.
+
+    Args:
+        scale: its sizes.
+        contenders: users' own, which then alone meet AdamW and `against`: in the core, at another width, on images and
+            at the largest and the smallest batch.
+        against: labels of `ENTRIES`.
+    """
     core = Study("core", "batch", scale.spec, scale.core_batch, scale.core_steps, scale.seeds,
                  micro=scale.micro, scalar_lr=scale.scalar_lr, schedule=scale.schedule)  # fmt: skip
     batches = [replace(core, name=f"batch {batch}", batch=batch) for batch in scale.batches]
@@ -185,6 +207,10 @@ def tasks(scale: Scale) -> list[Task]:
         for name, kind, layers in (("vision transformer", "vit", 2), ("ResNet", "resnet", 1))
     )  # fmt: skip
     outer, inner = batches[:2], batches[2:]
+    if contenders:
+        entries = [ENTRIES[label] for label in dict.fromkeys(("AdamW", *against))] + list(contenders)
+        studies = (core, *widths[:1], transformer, *outer)
+        return [Task(study, entry) for study in studies for entry in entries]
     parts = [
         _of(core, MAIN),
         *(_of(study, ("AdamW", "Muon")) for study in outer),

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conformance.convergence.contenders import ContenderPort, is_contender
 from conformance.convergence.drivers import Driver, Port
 from conformance.convergence.variants import VARIANTS, VariantPort
 from conformance.convergence.workloads import Spec, load, matrix_names
@@ -30,7 +31,8 @@ class Run:
 
     Attributes:
         spec: the workload.
-        algorithm: rule of the matrices: a name in `dion_ref.ALGORITHMS` or in `variants.VARIANTS`.
+        algorithm: rule of the matrices: a name in `dion_ref.ALGORITHMS` or in `variants.VARIANTS`, or that of a
+            contender's entry.
         hyper: its hyperparameters, as sorted pairs.
         batch: sequences or images of a step.
         steps: the step budget; the rate reaches zero after it.
@@ -107,7 +109,7 @@ class Trainer:
         rest = {name: parameters[name].detach() for name in parameters if name not in names}
         self._parameters, self._matrices, self._rest = parameters, matrices, rest
         self.optimizer_seconds = 0.0
-        chosen = VariantPort() if run.algorithm in VARIANTS else port
+        chosen = _port_of(run.algorithm, port)
         hyper = {"weight_decay": 0.0, **dict(run.hyper)}
         self._matrix_driver: Driver = chosen.driver(run.algorithm, matrices, hyper)
         self._scalar_driver: Driver | None = None
@@ -192,13 +194,18 @@ def train(
         held_out if math.isfinite(held_out) else math.inf,
         time.perf_counter() - began,
         trainer.optimizer_seconds,
-        _name_of(port, run.algorithm),
+        _name_of(_port_of(run.algorithm, port), run.algorithm),
     )
 
 
-def _name_of(port: Port, algorithm: str) -> str:
+def _port_of(algorithm: str, port: Port) -> Port:
+    """What steps the matrices where ``port`` steps the rules that are known."""
     if algorithm in VARIANTS:
-        return VariantPort.name
+        return VariantPort()
+    return ContenderPort() if is_contender(algorithm) else port
+
+
+def _name_of(port: Port, algorithm: str) -> str:
     used = getattr(port, "used", None)
     return used(algorithm).name if used else port.name
 
