@@ -81,10 +81,12 @@ def on_threads(function: Callable[[], Result], ranks: int, timeout: float | None
         world.comms = []  # torch 2.11 forgot it, and looks for it when a group is destroyed
     try:
         futures = [_WORKERS[rank].submit(_on_rank, function, rank, ranks, store) for rank in range(ranks)]
-        _, waiting = wait(futures, timeout, return_when=FIRST_EXCEPTION)
+        try:
+            _, waiting = wait(futures, timeout, return_when=FIRST_EXCEPTION)
+        except BaseException:  # a keyboard interrupt, or the time limit of a test
+            _stopped(futures)
+            raise
         hanging = _stopped(futures) if waiting else []
-        for rank in hanging:
-            _WORKERS[rank] = _Worker(rank)  # the old one may never be free again
         for future in futures:
             error = future.exception() if future.done() else None
             if error is not None and not told_to_stop(error):
@@ -104,14 +106,22 @@ def on_threads(function: Callable[[], Result], ranks: int, timeout: float | None
 def _on_rank(function: Callable[[], Result], rank: int, ranks: int, store: Store) -> Result:
     torch.set_num_threads(1)
     dist.init_process_group("threaded", rank=rank, world_size=ranks, store=store)
+    world = threaded.dist.distributed_c10d._world
     try:
         return function()
     finally:
-        dist.destroy_process_group()
+        if (
+            threaded.dist.distributed_c10d._world is world
+        ):  # else it comes too late, and would end another's group
+            dist.destroy_process_group()
 
 
 def _stopped(futures: Sequence[Future[Any]]) -> list[int]:
-    """End the collectives that wait for a rank that will not come; returns the ranks that do not stop."""
+    """End the collectives that wait for a rank that will not come.
+
+    Returns:
+        The ranks that do not stop. Others take their places, since they may never be free again.
+    """
     group = threaded.ProcessLocalGroup
     group._terminate.set()
     for _ in range(int(10 * END_SECONDS)):
@@ -123,7 +133,10 @@ def _stopped(futures: Sequence[Future[Any]]) -> list[int]:
                     condition.notify_all()
         if not wait(futures, 0.1).not_done:
             break
-    return [rank for rank, future in enumerate(futures) if not future.done()]
+    hanging = [rank for rank, future in enumerate(futures) if not future.done()]
+    for rank in hanging:
+        _WORKERS[rank] = _Worker(rank)
+    return hanging
 
 
 def told_to_stop(error: BaseException) -> bool:

@@ -173,6 +173,7 @@ def test_training_goes_on_on_any_other_mesh(name: str, source: Layout, target: L
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)  # torch tries all placements of four axes, on each of 16 threads
 @given(**RESUMED)
 @settings(SETTINGS, max_examples=150)
 def test_training_goes_on_on_any_other_mesh_at_length(name: str, source: Layout, target: Layout) -> None:

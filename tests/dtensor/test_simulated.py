@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import signal
 import sys
+import threading
 import time
 from functools import partial
 from typing import Any
@@ -156,6 +158,15 @@ def one_sleeps() -> None:
     dist.barrier()
 
 
+def one_interrupts() -> None:
+    """A barrier to which rank 2 comes too late, while the caller is interrupted."""
+    if dist.get_rank() == 2:
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        time.sleep(2)
+        return
+    dist.barrier()
+
+
 def test_threads_are_ranks() -> None:
     def summed() -> Tensor:
         value = torch.tensor(float(dist.get_rank()))
@@ -176,3 +187,17 @@ def test_an_error_of_one_thread_is_that_of_all(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(TimeoutError, match=r"ranks \[2\] of 4 did not return"):
         on_threads(one_sleeps, 4, timeout=0.5)
     test_threads_are_ranks()  # nothing is left behind
+
+
+def test_an_interrupted_caller_leaves_no_rank_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rank_threads, "END_SECONDS", 0.5)
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            on_threads(one_interrupts, 4)
+        time.sleep(2)  # the sleeper wakes up, and finds itself in the caller's world
+        assert dist.is_initialized()
+        dist.barrier()
+    finally:
+        dist.destroy_process_group()
+    test_threads_are_ranks()
