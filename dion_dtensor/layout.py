@@ -139,8 +139,7 @@ class StorageLayout:
         for dim, size in enumerate(self.shape):
             axes = self.axes_sharding(dim)
             sizes = tuple(self.mesh.size(axis) for axis in axes) if self.mesh is not None else ()
-            held = owners(size, sizes, tuple(self.placements[axis] for axis in axes))
-            most *= max(map(len, held.values()))
+            most *= _most_held(size, sizes, tuple(self.placements[axis] for axis in axes))
         return most
 
     def axes_sharding(self, dim: int) -> tuple[int, ...]:
@@ -222,6 +221,16 @@ def owners(
         tuple(place[order.index(axis)] for axis in range(len(sizes))): indices.tolist()
         for place, indices in held.items()
     }
+
+
+def _most_held(size: int, sizes: tuple[int, ...], placements: tuple[Placement, ...]) -> int:
+    """The most indices of a dim that a rank holds; mostly without a list of them, which embeddings make long."""
+    order, runs = _outer_first(sizes, placements)
+    if any(many > 1 for many in runs.values()):
+        return max(map(len, owners(size, sizes, placements).values()))
+    for axis in order:
+        size = -(-size // sizes[axis])
+    return size
 
 
 def inner_first(sizes: Sequence[int], placements: Sequence[Placement]) -> tuple[int, ...]:

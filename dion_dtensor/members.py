@@ -297,12 +297,21 @@ def initial_entries(member: Member, state: StateForm, seed: int) -> Tensor:
     assert spec.sizes is not None
     (index,) = state.pieces
     piece, each = form.pieces[index], form.entry_pieces[index].count
-    one = replace(entry, shape=spec.sizes)
+    height, width = spec.sizes
+    # Only the rows that lie here are drawn.
+    by_rows = tuple(p if shard_dim(p) == 0 else Replicate() for p in entry.placements)
+    by_columns = tuple(p if shard_dim(p) == 1 else Replicate() for p in entry.placements)
+    numbers = torch.arange(height, device="cpu").unsqueeze(1)
+    rows = scattered(numbers, replace(entry, shape=(height, 1), placements=by_rows)).squeeze(1).cpu()
+    one = replace(entry, shape=(len(rows), width), placements=by_columns)
 
     def draw(unit: int) -> Tensor:
         drawn = []
         for number in range(piece.first + unit * each, piece.first + (unit + 1) * each):
-            values = normal(*spec.sizes, seed=seed, name=member.name, matrix=number)  # type: ignore[misc]
+            if entry.device.type == "meta":
+                values = torch.empty(len(rows), width, dtype=torch.float64, device="meta")
+            else:
+                values = normal(rows, width, seed=seed, name=member.name, matrix=number)
             drawn.append(scattered(values.to(entry.device, entry.dtype), one))
         return torch.stack(drawn) if each > 1 else drawn[0]
 

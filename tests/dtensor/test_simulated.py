@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import HashStore
 from torch.distributed.tensor import DTensor, Partial, _redistribute
 
 from conformance import rank_threads
@@ -191,7 +192,7 @@ def test_an_error_of_one_thread_is_that_of_all(monkeypatch: pytest.MonkeyPatch) 
 
 def test_an_interrupted_caller_leaves_no_rank_behind(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank_threads, "END_SECONDS", 0.5)
-    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+    dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
     try:
         with pytest.raises(KeyboardInterrupt):
             on_threads(one_interrupts, 4)
