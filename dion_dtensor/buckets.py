@@ -198,9 +198,11 @@ class Bucket:
             return self._step(members, grads, None)
         counts: dict[float, list[int]] = {}
         for index, member in enumerate(members):
-            counts.setdefault(float(member.views["step"].add_(1)), []).append(index)
+            counts.setdefault(float(member.views["step"]) + 1, []).append(index)
         for count, indices in counts.items():  # one turn, unless some member was skipped before
             self._step([members[i] for i in indices], [grads[i] for i in indices], count)
+            for index in indices:
+                members[index].views["step"].fill_(count)
         return None
 
     def synchronize(self) -> None:
@@ -280,6 +282,8 @@ class Bucket:
             return False
         if full:
             rule.fused(weights, gradients, states, group, count)
+            # Kernels do not tell autograd, which refuses a backward pass by weights that have changed.
+            torch.autograd.graph.increment_version(weights)
         return True
 
     def _weights(self, members: Sequence[Member], grads: Sequence[Tensor]) -> tuple[Tensor, ...]:

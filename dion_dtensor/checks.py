@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from numbers import Integral, Real
 from typing import Any
 
@@ -16,7 +17,7 @@ from dion_dtensor.members import Member
 from dion_dtensor.rules import RULES, Rule
 from dion_dtensor.scale import scale_factor
 
-__all__ = ["check_group", "check_member", "check_options", "unknown_arguments"]
+__all__ = ["check_group", "check_member", "check_options", "check_why_nothing_steps", "unknown_arguments"]
 
 # What every group may hold besides the hyperparameters of its rule; the last line is the schedulers'.
 COMMON = {
@@ -165,3 +166,20 @@ def check_member(member: Member, rule: Rule, split: Split | None) -> None:
         )
     elif len(layout.shape) < 2:
         raise ValueError(f"{where}: {rule.name} takes matrices [m, n]; {SCALAR}")
+
+
+def check_why_nothing_steps(members: Sequence[Member]) -> None:
+    """Of a first step without any gradient.
+
+    Raises:
+        RuntimeError: a parameter has no data, so that it has been replaced.
+    """
+    why = "were the model's parameters replaced after the optimizer was made (to_empty, assign=True)?"
+    for member in members:
+        if member.parameter.is_meta:
+            raise RuntimeError(
+                f"{member.name} ({member.layout.describe()}) has neither data nor gradient; {why} Make the optimizer "
+                "after that"
+            )
+    if members:
+        warnings.warn(f"no parameter of the optimizer has a gradient at its first step; {why}", stacklevel=4)

@@ -115,9 +115,13 @@ def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]
             continue
         where = f"  {member.name} ({member.layout.describe()}): the gradient"
         if high == MOVED:
+            now = StorageLayout.of(member.parameter)
+            device = (
+                "" if now.device == member.layout.device else f" on {now.device}, not {member.layout.device}"
+            )
             texts.append(
                 f"  {member.name} ({member.layout.describe()}): the parameter now is "
-                f"{StorageLayout.of(member.parameter).describe()}{_elsewhere(member)}; "
+                f"{now.describe()}{_elsewhere(member)}{device}; "
                 "make the optimizer after the model is sharded, moved or cast, and carry its state over by a checkpoint"
             )
         elif high == SPARSE:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from dion_dtensor.matrices import (
     ROW_BLOCKS,
@@ -111,9 +112,10 @@ def param_groups(
 
     Raises:
         TypeError: no model; a split or a number of heads that is none.
-        ValueError: an unknown rule, a model wrapped by FullyShardedDataParallel (FSDP1), a pattern that matches no
-            parameter or two that match one, a split that does not fit or of what is no matrix, or two parameters
-            whose names differ by wrappers only.
+        ValueError: an unknown rule, a model wrapped by FullyShardedDataParallel (FSDP1), weights that FSDP2 holds
+            unsharded for the moment or that have no shape yet, a pattern that matches no parameter or two that match
+            one, a split that does not fit or of what is no matrix, or two parameters whose names differ by wrappers
+            only.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(
@@ -125,10 +127,14 @@ def param_groups(
             raise ValueError(f"{argument}={name!r} is unknown; choose from {fitting}")
     if not RULES[scalar].elementwise:
         raise ValueError(f"scalar={scalar!r} takes matrices only; choose 'adamw' or 'lion'")
-    exclude = (exclude,) if isinstance(exclude, str) else exclude
+    exclude = (exclude,) if isinstance(exclude, str) else tuple(exclude)
     _refuse_fsdp1(model)
+    _refuse_unsharded(model)
+    _refuse_lazy(model)
     every = plain_names(model)
     splits = {pattern: parse_split(how) for pattern, how in (split or {}).items()}
+    if twice := sorted(set(split or ()) & set(heads or ())):
+        raise ValueError(f"pattern {twice[0]!r} is in split and in heads; a parameter is split in one way")
     splits |= {pattern: _heads(pattern, count) for pattern, count in (heads or {}).items()}
     left_over: dict[str, list[str]] = {}
     aliases = _aliases(model)
@@ -256,6 +262,25 @@ def _refuse_fsdp1(model: nn.Module) -> None:
             )
 
 
+def _refuse_unsharded(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        # Torch does not tell it elsewhere; a version with other names is not refused.
+        ask = getattr(module, "_get_fsdp_state", None)
+        state = ask() if callable(ask) else None
+        held = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+        if any(getattr(one, "is_unsharded", False) is True for one in held):
+            raise ValueError(
+                f"{name or 'the model'} holds whole weights for the moment, as FSDP2 leaves them after a forward pass "
+                "without a backward one, and the optimizer would step those in place of the shards; call its reshard()"
+            )
+
+
+def _refuse_lazy(model: nn.Module) -> None:
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise ValueError(f"{lazy[0]} has no shape yet (a lazy module); run a batch through the model first")
+
+
 def _matches(pattern: str, names: Sequence[str]) -> bool:
     return any(re.search(pattern, name) for name in names)
 
@@ -340,7 +365,7 @@ def audit(optimizer: OrthonormalOptimizer, strict: bool = False) -> Audit:
     rows = {}
     for bucket in optimizer.buckets:
         for member in bucket.members:
-            why = optimizer.reasons.get(member.name, "asked for by its group")
+            why = member.why or "asked for by its group"
             pieces = member.form.pieces if member.form else ()
             row = AuditRow(
                 name=member.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -112,6 +113,7 @@ def _ours(optimizer: OrthonormalOptimizer) -> list[Parameter]:
 def _pairs(ours: Sequence[Parameter], saved: Sequence[Parameter]) -> dict[Parameter, Parameter]:
     """The saved one of each parameter of ours, where there is one."""
     named = {one.name: one for one in ours if one.name is not None}
+    counted = Counter(one.name for one in ours)
     pairs: dict[Parameter, Parameter] = {}
     ordered: dict[str, list[Parameter]] = {}
     for there in saved:
@@ -123,6 +125,11 @@ def _pairs(ours: Sequence[Parameter], saved: Sequence[Parameter]) -> dict[Parame
             raise ValueError(
                 f"{there} is saved (of {there.algorithm!r}), and no parameter here has that name; correct the saved "
                 "'param_names', or delete them from all groups to go by order"
+            )
+        if counted[there.name] > 1:
+            raise ValueError(
+                f"{there} is saved, and {counted[there.name]} parameters here have that name; import the state of each "
+                "model into an optimizer of its own, or put a prefix before the names here and in the saved groups"
             )
         if here in pairs:
             raise ValueError(

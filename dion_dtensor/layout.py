@@ -182,9 +182,14 @@ def joined(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
     """The mesh of the axes of two slices of one root mesh, those of ``first`` first.
 
     Raises:
-        ValueError: axes without names, or of another root mesh.
+        ValueError: axes without names, of another root mesh, or in both.
     """
     names = (first.mesh_dim_names or ()) + (second.mesh_dim_names or ())
+    if both := sorted(set(first.mesh_dim_names or ()) & set(second.mesh_dim_names or ())):
+        raise ValueError(
+            f"replicate_mesh {first} has the axis {both[0]!r}, which the parameter's mesh {second} has too; give only "
+            "axes that no parameter lies on, or None: a DTensor carries its own"
+        )
     root = second._get_root_mesh()
     if len(names) != first.ndim + second.ndim or not set(names) <= set(root.mesh_dim_names or ()):
         raise ValueError(

@@ -233,6 +233,7 @@ class Member:
         layout: of the parameter, and of the axes over which it is replicated unknown to itself.
         form: its part in a stack; None under an elementwise rule.
         views: its state by key, as the user sees it.
+        why: the reason for its rule, of :func:`~dion_dtensor.param_groups`; "" if there is none.
     """
 
     name: str
@@ -240,6 +241,7 @@ class Member:
     layout: StorageLayout
     form: Form | None = None
     views: dict[str, Tensor] = field(default_factory=dict)
+    why: str = ""
 
     @property
     def local(self) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from typing import Any, Unpack, overload
 
@@ -16,8 +16,15 @@ from dion_dtensor.arithmetic import own_arithmetic
 from dion_dtensor.atomic import undone_on_failure
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.captured import Memory
-from dion_dtensor.checks import check_group, check_member, check_options, unknown_arguments
+from dion_dtensor.checks import (
+    check_group,
+    check_member,
+    check_options,
+    check_why_nothing_steps,
+    unknown_arguments,
+)
 from dion_dtensor.common import DECAY, Common
+from dion_dtensor.exchanged import all_exchanged, names_of
 from dion_dtensor.gradients import checked_gradients
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.matrices import Heads
@@ -68,7 +75,6 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         self.atomic = common.get("atomic", False)
         self.averaged, self.resync_every, self._steps = common.get("averaged", True), resync_every, 0
         self.replicate_mesh = _mesh_of(common.get("replicate_mesh"))
-        self.reasons: dict[str, str] = {}
         self._algorithm_options = dict(options)
         self._bucket_options = {
             "seed": seed,
@@ -114,27 +120,32 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         own = self._algorithm_options if name == self.algorithm else {}
         for key, default in RULES[name].defaults.items():
             group.setdefault(key, own.get(key, default))
-        self.reasons.update(
-            group.pop("reasons", {})
-        )  # not kept in the group: it would be saved for each parameter
+        reasons = group.pop("reasons", {})  # not kept in the group: it would be saved for each parameter
+        if not _named(group):
+            group.pop("param_names", None)  # of the group that this one was copied from
         split = parse_split(group.get("split"))
         # One head is the whole matrix, whose state has no dim of heads on any layout.
         group["split"] = None if split is None or split == Heads(1) else str(split)
         check_group({**self.defaults, **group})
         super().add_param_group(group)
         try:
-            self._add_buckets(self.param_groups[-1], len(self.param_groups) - 1)
+            self._add_buckets(self.param_groups[-1], len(self.param_groups) - 1, reasons)
         except Exception:
             self.param_groups.pop()
             raise
 
-    def _add_buckets(self, group: dict[str, Any], position: int) -> None:
+    @torch.inference_mode(False)  # state that is made within could not be written to outside of it
+    def _add_buckets(self, group: dict[str, Any], position: int, reasons: Mapping[str, str]) -> None:
         rule = RULES[group["algorithm"]]
-        names = _names(group, position)
+        names = names_of(group, position)
         split = parse_split(group["split"])
         members = []
         for name, parameter in zip(names, group["params"], strict=True):
-            member = Member(name, parameter, StorageLayout.of(parameter, self.replicate_mesh))
+            try:
+                layout = StorageLayout.of(parameter, self.replicate_mesh)
+            except ValueError as error:
+                raise ValueError(f"{name} {list(parameter.shape)}: {error}") from error
+            member = Member(name, parameter, layout, why=reasons.get(name, ""))
             check_member(member, rule, split)
             if not rule.elementwise:
                 member.form = form_of(member.layout, split)
@@ -142,7 +153,7 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         new = make_buckets(rule, group, members, self._bucket_options, self._graph_memory)
         self.buckets.extend(new)
         for member in members:
-            self.state[member.parameter] = dict(member.views)
+            self.state[member.parameter] = {**self.state[member.parameter], **member.views}
 
     def members(self) -> list[Member]:
         """What the engine knows of each parameter, in the order of the groups, which is that of a state dict.
@@ -175,6 +186,11 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                     )
         for bucket, group in groups.items():
             bucket.follow(group)
+        rest = iter(members)
+        for group in self.param_groups:
+            names = [next(rest).name for _ in group["params"]]
+            if "param_names" in group and group["param_names"] != names:
+                group["param_names"] = names  # users take parameters out, and leave the list of names
         return members
 
     def _take_over(self) -> None:
@@ -184,34 +200,21 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         """
         if self._steps or not self.buckets:
             return
-        members = [(one, bucket) for bucket in self.buckets for one in bucket.members]
-        old = {one.name: (one, bucket) for one, bucket in members}
-        now = [
-            (name, parameter, group)
-            for position, group in enumerate(self.param_groups)
-            for name, parameter in zip(_names(group, position), group["params"], strict=False)
-        ]
-        held = {id(one.parameter) for one, _ in members}
-        if sorted(name for name, _, _ in now) != sorted(one.name for one, _ in members) or len(old) != len(
-            now
-        ):
+        old = all_exchanged(self.param_groups, self.buckets)
+        if old is None:
             return
-        for name, parameter, group in now:
-            one, bucket = old[name]
-            alike = one.layout.shape == parameter.shape and bucket.rule.name == group["algorithm"]
-            if id(parameter) in held or parameter.is_meta or not alike:
-                return
-        for name, _, group in now:
-            old[name][1].check(group)
-        adopt([one for one, _ in members], self.state)
+        adopt([one for one, _ in old.values()], self.state)
         before = self.buckets, self.state
+        reasons = {name: one.why for name, (one, _) in old.items()}
         self.buckets, self.state = [], defaultdict(dict)
         try:
             for position, group in enumerate(self.param_groups):
-                self._add_buckets(group, position)
+                self._add_buckets(group, position, reasons)
             pairs = [(one, old[one.name][0]) for bucket in self.buckets for one in bucket.members]
             real = [(new, one.views) for new, one in pairs if one.layout.device.type != "meta"]
             load_states([new for new, _ in real], [views for _, views in real])
+            for new, one in pairs:
+                self.state[new.parameter] = {**before[1][one.parameter], **new.views}
         except Exception:  # whatever it is, it is raised again with all as it was
             self.buckets, self.state = before
             raise
@@ -252,6 +255,8 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                 check_group(group, foreign=True, wait=False)
             adopt(members, self.state)
             work = checked_gradients(self.buckets, members, self.validate, self.averaged)
+            if not work and not self._steps:
+                check_why_nothing_steps(members)
             self._steps += 1  # at once: half a step that is not undone has begun to train these parameters
             try:
                 with undone_on_failure(self.buckets) if self.atomic else nullcontext():
@@ -280,9 +285,15 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """As ever; where a momentum differs among ranks it is averaged first, so all ranks must call it together."""
-        self._take_over()
+        held = {member.parameter for member in self.members()}
         self.synchronize()
-        return super().state_dict()
+        every = self.state
+        kept = {key: own for key, own in every.items() if not isinstance(key, Tensor) or key in held}
+        self.state = defaultdict(dict, kept)
+        try:
+            return super().state_dict()
+        finally:
+            self.state = every
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load hyperparameters and state, all or nothing; the state is copied into place, in its own dtype.
@@ -307,12 +318,20 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
                 for bucket in self.buckets:
                     if bucket.group is own:
                         bucket.check(group)
-            return {**given, "param_groups": groups, "state": {}}
+            own_keys = dict(zip((i for group in groups for i in group["params"]), members, strict=True))
+            further = {
+                key: {name: value for name, value in state.items() if name not in own_keys[key].views}
+                if key in own_keys
+                else state
+                for key, state in given["state"].items()
+            }
+            return {**given, "param_groups": groups, "state": further}
 
         def after(optimizer: torch.optim.Optimizer) -> None:
             members = self.members()
             load_states(members, loaded)
-            self.state.update({member.parameter: dict(member.views) for member in members})
+            for member in members:
+                self.state[member.parameter] = {**self.state[member.parameter], **member.views}
 
         handles = [
             self.register_load_state_dict_pre_hook(before),
@@ -336,33 +355,26 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             "_algorithm_options",
             "_bucket_options",
             "capture",
-            "reasons",
         )
-        names = {member.parameter: member.name for member in self.members()}
+        reasons = {member.parameter: member.why for member in self.members()}
         pending = {
             member.parameter: bucket.pending
             for bucket in self.buckets
             for member in bucket.members
             if bucket.pending
         }
-        state = {**super().__getstate__(), **{name: getattr(self, name) for name in own}, "_pending": pending}
-        # The names of what is there now: users take parameters out of a group, and leave the list of their names.
-        state["param_groups"] = [
-            {**group, "param_names": [names[parameter] for parameter in group["params"]]}
-            if "param_names" in group
-            else group
-            for group in self.param_groups
-        ]
-        return state
+        kept = {**{name: getattr(self, name) for name in own}, "_pending": pending, "_reasons": reasons}
+        return {**super().__getstate__(), **kept}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "_bucket_options" not in state:  # load_state_dict comes by as well
             return
-        states = dict(self.state)
+        states, why = dict(self.state), self.__dict__.pop("_reasons")
         self.buckets, self._graph_memory = [], {} if self.capture else None
         for position, group in enumerate(self.param_groups):
-            self._add_buckets(group, position)
+            pairs = zip(names_of(group, position), group["params"], strict=True)
+            self._add_buckets(group, position, {name: why[parameter] for name, parameter in pairs})
         members = self.members()
         load_states(members, [states.get(member.parameter) for member in members])
         pending = self.__dict__.pop("_pending")
@@ -371,10 +383,10 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
             bucket.pending = tuple(sorted(axes))
 
 
-def _names(group: Mapping[str, Any], position: int) -> Sequence[str]:
-    return group.get("param_names") or [
-        f"group {position} parameter {index}" for index in range(len(group["params"]))
-    ]
+def _named(group: Mapping[str, Any]) -> bool:
+    """Whether the parameters of a group that is to be added come with their names."""
+    params = group["params"]
+    return isinstance(params, list | tuple) and bool(params) and isinstance(params[0], tuple)
 
 
 def _mesh_of(replicas: DeviceMesh | ProcessGroup | None) -> DeviceMesh | None:

@@ -48,7 +48,9 @@ LAYERS = re.compile(
 # Of a Sequential that ends in a head, or of a convolution that is one; but not of the last but one of EfficientNets.
 ENDS_A_MODEL = re.compile(r"(?<!conv)(^|_)(head|classifier)$")
 # A model as an attribute of another module: of a LightningModule, of a wrapper.
-HELD = ("model", "net", "network", "module")
+HELD = ("model", "net", "network", "module", "base_model")
+# Of what PEFT trains beside its adapters: the name of an adapter follows.
+TRAINED_BESIDE = re.compile(r"modules_to_save\.[^.]+\.")
 # Parameters that a module holds itself: a table of positions, a class token, learned queries.
 TABLE = re.compile(
     r"(^|_)(pos|position|positional|token|tokens|embed|embedding|embeddings|latent|latents|pointer|prompt|prompts"
@@ -109,7 +111,7 @@ def roles(model: nn.Module) -> dict[int, str]:
     names = without_wrappers([f"{name}." if name else "" for name in modules])
     given = [layer for module in modules.values() if (layer := _output_layer(module)) is not None]
     for name, module in zip(names, modules.values(), strict=True):
-        *above, last = name.removesuffix(".").split(".")
+        *above, last = TRAINED_BESIDE.sub("", name).removesuffix(".").split(".")
         on_top = last in TOP_HEADS and all(part in HELD for part in above)
         if isinstance(module, nn.modules.conv._ConvNd):
             whole, grouped = (TRANSPOSED, TRANSPOSED_GROUPED) if module.transposed else (CONVOLUTION, GROUPED)

@@ -97,7 +97,7 @@ def check_states(members: Sequence[Member], states: Sequence[Mapping[str, Any] |
                 f"{where}: the saved state has nothing of it; was it frozen, or not there, when that was saved? Freeze "
                 "it to load the rest, which leaves its state as it is"
             )
-        if given != needed:
+        if not set(needed) <= set(given):  # what a user keeps there besides goes along
             raise ValueError(
                 f"{where}: its state has {needed}, the given one has {given}; was it saved by another algorithm?"
             )
@@ -136,12 +136,17 @@ def adopt(members: Sequence[Member], states: Mapping[Tensor, dict[str, Any]]) ->
     """Take over what a user has put into ``optimizer.state`` in place of the tensors that the optimizer steps.
 
     Raises:
-        ValueError: see :func:`check_states`.
+        ValueError: the state was taken out, or see :func:`check_states`.
     """
     for member in members:
         state = states.get(member.parameter)
         if _left_out(member, state):
             continue
+        if member.views and not state:
+            raise ValueError(
+                f"{member.name} ({member.layout.describe()}): its state is no longer in optimizer.state; to start "
+                "afresh zero the tensors there in place, or make a new optimizer"
+            )
         if state is None or any(state.get(key) is not view for key, view in member.views.items()):
             check_states([member], [state])
             load_states([member], [state])

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 from dion_dtensor.assembly import own_shard
 from dion_dtensor.layout import StorageLayout
@@ -109,7 +110,7 @@ def update_of(plan: Plan) -> Callable[..., Tensor | None]:
         return change.contiguous() if plan.compile else change, left
 
     def step(grads: Tensor, stacks: dict[str, Tensor], *others: Any) -> Tensor | None:
-        change, left = function(grads, stacks, *others)
+        change, left = (update if _must_run_eagerly() else function)(grads, stacks, *others)
         for name, value in left.items():
             stacks[name].copy_(value)
         return change
@@ -130,6 +131,14 @@ def update_of(plan: Plan) -> Callable[..., Tensor | None]:
     options: dict[str, Any] = {"options": dict(AS_WRITTEN)} if sharded else {}
     function = torch.compile(own, fullgraph=True, dynamic=False, **options)
     return step
+
+
+def _must_run_eagerly() -> bool:
+    """Whether torch compiles nothing now, and says so only after ``fullgraph=True`` has run the whole eagerly.
+
+    So it is with ``TORCH_COMPILE_DISABLE=1``, and within a mode that counts FLOPs, collectives or memory.
+    """
+    return bool(torch._dynamo.config.disable) or _get_current_dispatch_mode() is not None
 
 
 def _by_field(states: dict[str, Any]) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
 
 from dion_dtensor.orthonormalize.polynomial import Coefficients, normalized
 
@@ -202,6 +203,17 @@ gram_iterations = torch.library.custom_op("dion_dtensor::gram_iterations", itera
 @gram_iterations.register_fake
 def _(stack: Tensor, coefficients: Sequence[float], lengths: Sequence[int], blocks: int) -> Tensor:
     return stack.new_empty(stack.shape)
+
+
+@register_flop_formula(torch.ops.dion_dtensor.gram_iterations)
+def _flops(
+    shape: Sequence[int], coefficients: Sequence[float], lengths: Sequence[int], blocks: int, **_: Any
+) -> int:
+    """For `FlopCounterMode`, which does not look into it."""
+    count, n, k = shape
+    halved = sum(2 * n * n * k + (4 * length - 3) * 2 * n**3 for length in lengths)
+    whole = len(lengths) * 2 * n * n * k
+    return count * (halved * (blocks + 1) // (2 * blocks) + whole)
 
 
 def symmetric_product(

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Partial, _redistribute
 
 from conformance import rank_threads
 from conformance.rank_threads import on_threads
+from dion_dtensor import Dion, members, philox
 from tests.dtensor.layouts import Layout, build_mesh, lay_out, layout
 from tests.dtensor.programs import OPTIMIZERS, SHAPES, run_steps
 from tests.dtensor.references import EVERY, cases, error, on_one_thread, slow
@@ -162,7 +163,7 @@ def one_sleeps() -> None:
 def one_interrupts() -> None:
     """A barrier to which rank 2 comes too late, while the caller is interrupted."""
     if dist.get_rank() == 2:
-        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGINT)
+        signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGUSR1)
         time.sleep(2)
         return
     dist.barrier()
@@ -191,7 +192,11 @@ def test_an_error_of_one_thread_is_that_of_all(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_an_interrupted_caller_leaves_no_rank_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
     monkeypatch.setattr(rank_threads, "END_SECONDS", 0.5)
+    before = signal.signal(signal.SIGUSR1, interrupted)  # processes of pytest-xdist ignore SIGINT
     dist.init_process_group("gloo", rank=0, world_size=1, store=HashStore())
     try:
         with pytest.raises(KeyboardInterrupt):
@@ -201,4 +206,26 @@ def test_an_interrupted_caller_leaves_no_rank_behind(monkeypatch: pytest.MonkeyP
         dist.barrier()
     finally:
         dist.destroy_process_group()
+        signal.signal(signal.SIGUSR1, before)
     test_threads_are_ranks()
+
+
+def test_each_rank_draws_its_own_rows_of_Q_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[int] = []
+
+    def counted(rows: Tensor, *arguments: Any, **options: Any) -> Tensor:
+        drawn.append(len(rows))
+        return philox.normal(rows, *arguments, **options)
+
+    def states() -> Tensor:
+        where = layout("2x2 S1 S0")
+        weight = lay_out(torch.ones(20, 12, dtype=torch.float64), where, build_mesh(where))
+        optimizer = Dion([("w", torch.nn.Parameter(weight))], compile=False)
+        whole = optimizer.state[optimizer.param_groups[0]["params"][0]]["Q"]
+        assert isinstance(whole, DTensor)
+        return whole.full_tensor()
+
+    monkeypatch.setattr(members, "normal", counted)
+    for whole in on_threads(states, 4):
+        assert torch.equal(whole, philox.normal(12, 12, seed=0, name="w"))
+    assert sorted(drawn) == [6, 6, 6, 6]  # of 12, by the axis that shards columns
