@@ -96,13 +96,20 @@ def test_lazy_modules_are_refused_until_they_have_a_shape() -> None:
 
 def test_heads_that_peft_trains_beside_its_adapters_are_heads() -> None:
     """Their names there: base_model.model.classifier.modules_to_save.default.weight."""
-    head = nn.ModuleDict({"modules_to_save": nn.ModuleDict({"default": nn.Linear(8, 3)})})
-    inner = nn.ModuleDict({"body": nn.Linear(8, 8), "score": head})
-    model = nn.ModuleDict({"base_model": nn.ModuleDict({"model": inner})})
-    groups = param_groups(model)
-    reasons = {name: why for group in groups for name, why in group["reasons"].items()}
-    assert reasons["base_model.model.score.modules_to_save.default.weight"] == "output head"
-    assert reasons["base_model.model.body.weight"] == "matrix"
+
+    class Inner(nn.ModuleDict):
+        def get_output_embeddings(self) -> nn.Module:
+            return self["lm_head"]  # the wrapper, which has no weight of its own
+
+    def beside() -> nn.Module:
+        return nn.ModuleDict({"modules_to_save": nn.ModuleDict({"default": nn.Linear(8, 3)})})
+
+    for kind, name in ((nn.ModuleDict, "score"), (Inner, "lm_head")):
+        inner = kind({"body": nn.Linear(8, 8), name: beside()})
+        groups = param_groups(nn.ModuleDict({"base_model": nn.ModuleDict({"model": inner})}))
+        reasons = {key: why for group in groups for key, why in group["reasons"].items()}
+        assert reasons[f"base_model.model.{name}.modules_to_save.default.weight"] == "output head"
+        assert reasons["base_model.model.body.weight"] == "matrix"
 
 
 def test_an_axis_that_a_parameter_lies_on_is_no_replicate_mesh(one_rank: None) -> None:
