@@ -80,8 +80,10 @@ def on_threads(function: Callable[[], Result], ranks: int, timeout: float | None
     if not hasattr(world, "comms"):
         world.comms = []  # torch 2.11 forgot it, and looks for it when a group is destroyed
     try:
-        futures = [_WORKERS[rank].submit(_on_rank, function, rank, ranks, store) for rank in range(ranks)]
+        futures: list[Future[Result]] = []
         try:
+            for rank in range(ranks):
+                futures.append(_WORKERS[rank].submit(_on_rank, function, rank, ranks, store))
             _, waiting = wait(futures, timeout, return_when=FIRST_EXCEPTION)
         except BaseException:  # a keyboard interrupt, or the time limit of a test
             _stopped(futures)

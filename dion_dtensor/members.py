@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -300,21 +301,27 @@ def initial_entries(member: Member, state: StateForm, seed: int) -> Tensor:
     (index,) = state.pieces
     piece, each = form.pieces[index], form.entry_pieces[index].count
     height, width = spec.sizes
-    # Only the rows that lie here are drawn.
-    by_rows = tuple(p if shard_dim(p) == 0 else Replicate() for p in entry.placements)
-    by_columns = tuple(p if shard_dim(p) == 1 else Replicate() for p in entry.placements)
-    numbers = torch.arange(height, device="cpu").unsqueeze(1)
-    rows = scattered(numbers, replace(entry, shape=(height, 1), placements=by_rows)).squeeze(1).cpu()
-    one = replace(entry, shape=(len(rows), width), placements=by_columns)
+    by_rows, by_columns = (
+        tuple(p if shard_dim(p) == dim else Replicate() for p in entry.placements) for dim in (0, 1)
+    )
+
+    @functools.cache
+    def rows() -> Tensor:  # that lie here: no others are drawn
+        numbers = torch.arange(height, device="cpu").unsqueeze(1)
+        return scattered(numbers, replace(entry, shape=(height, 1), placements=by_rows)).squeeze(1).cpu()
+
+    def matrix(number: int) -> Tensor:
+        if entry.device.type == "meta":
+            empty = torch.empty(height, width, dtype=entry.dtype, device="meta")
+            return scattered(empty, replace(entry, shape=(height, width)))
+        values = normal(rows(), width, seed=seed, name=member.name, matrix=number)
+        here = replace(entry, shape=(len(values), width), placements=by_columns)
+        return scattered(values.to(entry.device, entry.dtype), here)
 
     def draw(unit: int) -> Tensor:
-        drawn = []
-        for number in range(piece.first + unit * each, piece.first + (unit + 1) * each):
-            if entry.device.type == "meta":
-                values = torch.empty(len(rows), width, dtype=torch.float64, device="meta")
-            else:
-                values = normal(rows, width, seed=seed, name=member.name, matrix=number)
-            drawn.append(scattered(values.to(entry.device, entry.dtype), one))
+        drawn = [
+            matrix(number) for number in range(piece.first + unit * each, piece.first + (unit + 1) * each)
+        ]
         return torch.stack(drawn) if each > 1 else drawn[0]
 
     units = form.numbers if form.kind == "units" else (0,)
