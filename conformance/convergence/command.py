@@ -7,6 +7,7 @@ import time
 from dataclasses import asdict, replace
 from importlib import resources
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -57,7 +58,9 @@ def sweep(
             metavar="RULE", help="Rules that the contenders meet besides AdamW (repeatable).  [default: Muon]"
         ),
     ] = None,
-    plan_only: Annotated[bool, typer.Option("--plan", help="Print the plan and stop.")] = False,
+    plan_only: Annotated[
+        bool, typer.Option("--plan", help="Measure step times, print the plan and stop.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the results here too.")] = None,
 ) -> None:
     """Tune, train and compare the optimizers on real data; say for each public claim whether it shows here."""
@@ -93,16 +96,17 @@ def sweep(
         raise typer.BadParameter(str(error)) from error
     if len({entry.label for entry in own}) < len(own):
         raise typer.BadParameter("two contenders have functions of the same name; rename one")
-    status = run_sweep(
-        scale,
-        folder,
-        budget,
-        device,
-        contenders=own,
-        against=against or ("Muon",),
-        plan_only=plan_only,
-        json_file=json_file,
-    )
+    with TemporaryDirectory() as nowhere:  # a plan alone leaves nothing behind
+        status = run_sweep(
+            scale,
+            Path(nowhere) if plan_only and not folder.exists() else folder,
+            budget,
+            device,
+            contenders=own,
+            against=against or ("Muon",),
+            plan_only=plan_only,
+            json_file=json_file,
+        )
     raise typer.Exit(status)
 
 
@@ -119,13 +123,16 @@ def gate(
     clean: Annotated[int, typer.Option(min=0, help="Run the oracle with this many fresh seeds instead.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all checks to this file.")] = None,
 ) -> None:
-    """Level L5: does a port learn as the oracle does?  Under two minutes."""
+    """Level L5: does dion_dtensor learn as the oracle does?  (Your port: `conformance port --level L5`.)"""
     from conformance.convergence import terminal
     from conformance.convergence.drivers import OraclePort, Port, ProductionPort
     from conformance.convergence.gate import PARTS, Gate
 
     if port not in ("ours", "oracle"):
-        raise typer.BadParameter(f"{port!r} is no port; choose ours or oracle")
+        raise typer.BadParameter(
+            f"{port!r} is neither ours nor oracle; an adapter of yours is held to this level by "
+            "`conformance port MODULE:NAME --level L5`"
+        )
     for one in part or ():
         if one not in PARTS:
             raise typer.BadParameter(f"{one!r} is no part; choose from {', '.join(PARTS)}")

@@ -173,3 +173,17 @@ def test_a_sweep_with_a_contender(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert [row["rule"] for row in content["results"]] == ["AdamW", "Muon", "plain"]
     assert "plain" in (folder / "report.md").read_text()
     assert content["singular_values"] == {}
+
+
+def test_a_plan_alone_leaves_nothing_behind(tmp_path: Path) -> None:
+    arguments = ["converge", "--plan", "--width", "32", "--layers", "1", "--budget", "0.1", "--text"]
+    done = CliRunner().invoke(app, [*arguments, "new-testament"])
+    assert done.exit_code == 0
+    assert "plan: " in done.output
+    assert not (tmp_path / "converge").exists()
+
+
+def test_the_gate_says_where_other_ports_are_held_to_it() -> None:
+    done = CliRunner().invoke(app, ["converge", "gate", "--port", "mine:adapter"], env={"COLUMNS": "300"})
+    assert done.exit_code == 2
+    assert "conformance port MODULE:NAME --level L5" in " ".join(done.output.replace("│", "").split())
