@@ -110,7 +110,8 @@ def update_of(plan: Plan) -> Callable[..., Tensor | None]:
         return change.contiguous() if plan.compile else change, left
 
     def step(grads: Tensor, stacks: dict[str, Tensor], *others: Any) -> Tensor | None:
-        change, left = (update if _must_run_eagerly() else function)(grads, stacks, *others)
+        now = update if plan.compile and _must_run_eagerly() else function
+        change, left = now(grads, stacks, *others)
         for name, value in left.items():
             stacks[name].copy_(value)
         return change
