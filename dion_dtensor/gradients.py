@@ -19,7 +19,7 @@ __all__ = ["agreed", "checked_gradients"]
 
 MOST_NAMED = 12
 """Parameters that an error lists; a model with NaN has it in all of them."""
-MISSING, FINE, PARTIAL, WHOLE, NOT_FINITE, MISLAID, SPARSE, MOVED = range(8)
+TAKEN_OUT, MISSING, FINE, PARTIAL, WHOLE, NOT_FINITE, MISLAID, SPARSE, MOVED = range(9)
 
 
 def checked_gradients(
@@ -88,10 +88,15 @@ def _local(grad: Tensor, layout: StorageLayout) -> Tensor:
 def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]:
     """What is wrong with each parameter's gradient on any rank; the same list on every rank.
 
+    All that the optimizer was made with are agreed on, so that all ranks send as many numbers whatever is in their
+    groups now.
+
     All ranks give up the graph of a bucket whose weights have moved on one of them, or which one of them has taken
     otherwise before.
     """
-    mine = _codes(members)
+    codes = dict(zip(members, _codes(members), strict=True))
+    members = [member for bucket in buckets for member in bucket.members]
+    mine = [codes.get(member, TAKEN_OUT) for member in members]
     recording = [bucket for bucket in buckets if bucket.recorder is not None]
     moved = [bucket.has_moved() for bucket in recording]
     turns = [bucket.recorder.turns for bucket in recording if bucket.recorder is not None]
@@ -112,6 +117,12 @@ def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]
     texts = []
     for member, own, high, low in zip(members, mine, largest, smallest, strict=True):
         if high == low and high not in (MOVED, SPARSE, MISLAID, NOT_FINITE):
+            continue
+        if low == TAKEN_OUT:
+            texts.append(
+                f"  {member.name} ({member.layout.describe()}): it is in a param group on some ranks only; take it out "
+                "on all of them, or on none"
+            )
             continue
         where = f"  {member.name} ({member.layout.describe()}): the gradient"
         if high == MOVED:

@@ -8,9 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch.distributed.checkpoint import CheckpointException, state_dict_loader
+from torch.distributed.device_mesh import DeviceMesh
 
+from conformance.rank_threads import on_threads
 from dion_dtensor import Dion, Dion3, Muon
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.optimizer import OrthonormalOptimizer
@@ -46,6 +49,28 @@ def test_a_rank_that_dies_is_an_error_on_all_others_and_changes_nothing(tmp_path
             assert "this step was undone" in found["said"]
         if when != "between buckets":  # where a collective of the update fails
             assert "has a rank died?" in found["said"]
+
+
+def test_a_parameter_that_one_rank_alone_takes_out_is_named_on_all() -> None:
+    """Numbers of two lengths in one all-reduce would end the processes."""
+
+    def step() -> str:
+        mesh = DeviceMesh("cpu", [0, 1])
+        parameters, optimizer = trainer(Muon, mesh)
+        give_gradients(parameters, 0)
+        if dist.get_rank():
+            optimizer.param_groups[0]["params"].pop()
+        before = [parameter.detach().clone() for parameter in parameters]
+        with pytest.raises(RuntimeError, match="no parameter was changed") as raised:
+            optimizer.step()
+        assert all(torch.equal(a, b) for a, b in zip(parameters, before, strict=True))
+        return str(raised.value)
+
+    said = on_threads(step, 2)
+    assert said[0] == said[1]
+    assert f"{NAMES[-1]} (" in said[0]
+    assert "is in a param group on some ranks only; take it out on all of them" in said[0]
+    assert len(said[0].splitlines()) == 2
 
 
 @pytest.mark.parametrize("atomic", [True, False])
