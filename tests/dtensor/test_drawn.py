@@ -10,12 +10,12 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from conformance.rank_threads import on_threads
-from tests.dtensor.checkpoint_programs import continued
+from tests.dtensor.checkpoint_programs import continued, torch_knows
 from tests.dtensor.layouts import Layout
 from tests.dtensor.programs import run_steps, run_steps_with
 from tests.dtensor.ranks import Ranks
@@ -147,10 +147,14 @@ def test_any_mesh_of_more_ranks(case: Drawn) -> None:
 def check_resuming(name: str, source: Layout, target: Layout, path: str) -> None:
     """Four steps with a checkpoint after two, saved on one mesh and loaded on another, are those of one device."""
 
-    def on(where: Layout, steps: range, load: bool) -> list[list[Tensor] | None]:
-        text = " ".join(("x".join(map(str, where.mesh)), *where.codes))
-        return on_threads(partial(continued, name, text, steps, path, load), where.world)
+    def words(where: Layout) -> str:
+        return " ".join(("x".join(map(str, where.mesh)), *where.codes))
 
+    def on(where: Layout, steps: range, load: bool) -> list[list[Tensor] | None]:
+        return on_threads(partial(continued, name, words(where), steps, path, load), where.world)
+
+    for where in (source, target):
+        assume(all(on_threads(partial(torch_knows, words(where)), where.world)))
     on(source, range(2), load=False)
     straight = on_threads(partial(continued, name, "1 R", range(4)), 1)[0]
     for resumed in on(target, range(2, 4), load=True):
