@@ -116,7 +116,9 @@ def torch_knows(where: str) -> bool:
 
     Where a strided shard leaves a rank without rows it does not (torch 2.14.1: 9 rows on 4x2), whoever saves.
     """
-    shared_group(layout(where).world)  # as `continued` does: torch finds a mesh again by the names of its groups
+    shared_group(
+        layout(where).world
+    )  # as `continued` does: torch finds a mesh again by the names of its groups
     build_mesh(layout(where))
     for parameter in Weights().laid(where).parameters():
         assert isinstance(parameter, DTensor)
