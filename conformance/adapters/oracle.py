@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -63,9 +63,14 @@ class OracleAdapter:
             options["split"] = make_split(spec.split)
         if spec.compute_dtype != "float64":
             options["precision"] = precision_of(spec.compute_dtype)
-        rule = dion_ref.ALGORITHMS[spec.algorithm]
-        weight, own = rule.step(weight, gradient, own, make_hyper(spec.algorithm, hyper), **options)
+        step = self.rule(spec.algorithm)
+        weight, own = step(weight, gradient, own, make_hyper(spec.algorithm, hyper), **options)
         return {spec.name: weight.numpy()}, (spec, own)
+
+    def rule(self, algorithm: str) -> Callable[..., tuple[Tensor, Any]]:
+        """The step that is taken."""
+        step: Callable[..., tuple[Tensor, Any]] = dion_ref.ALGORITHMS[algorithm].step
+        return step
 
     def canonical_state(self, state: Any) -> Arrays:
         """By the vectors' keys."""

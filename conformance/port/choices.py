@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from conformance.port.execute import execute
 from conformance.vectors import Case
@@ -32,6 +34,8 @@ VALUES: Mapping[str, tuple[Any, ...]] = {
     "betas": ((0.9, 0.95), (0.9, 0.98), (0.9, 0.99), (0.9, 0.999), (0.95, 0.98)),
 }
 """By hyperparameter, what ports are known to have instead."""
+DEAD = {"rank-deficient", "nearly-dependent", "zero-gradient"}
+"""Flags of the cases with columns that are not independent."""
 
 
 def changes(algorithm: str, cases: Sequence[Case]) -> Iterator[tuple[str, Change]]:
@@ -63,13 +67,25 @@ def changes(algorithm: str, cases: Sequence[Case]) -> Iterator[tuple[str, Change
             yield f"{name} as it was when the optimizer was made", partial(_unscheduled, name)
     yield "no momentum to start from, whatever is given", _from_nothing
     yield "decay after the update", partial(_decay, _after)
-    yield "decay by the learning rate times the scale", partial(_decay, _scaled)
+    yield "decay without the learning rate", partial(_decay, _unscaled)
+    if any("scale_factor" in case.derived for case in cases):
+        yield "decay by the learning rate times the scale", partial(_decay, _scaled)
+        yield "its scale without the square root", partial(_decay, _rootless)
+    if "polynomial" in known and own["polynomial"] != "exact":
+        yield "epsilon inside the root", partial(_inside, False)
+        yield "epsilon squared inside the root", partial(_inside, True)
+    if algorithm in ("dion", "orth_dion"):
+        from conformance.port.low_rank_choices import CHOICES, COMMON, LowRankOracle
+
+        for text, choice in {**COMMON, **CHOICES[algorithm]}.items():
+            yield text, partial(_run, adapter=LowRankOracle(choice))
+        yield "no rule for dead columns (judged by all other cases)", _but_for_dead_columns
 
 
-def _run(case: Case) -> Updates | None:
-    from conformance.adapters.oracle import adapter
+def _run(case: Case, adapter: Any = None) -> Updates | None:
+    from conformance.adapters import oracle
 
-    return execute(adapter, case, "float64").update
+    return execute(adapter or oracle.adapter, case, "float64").update
 
 
 def _with(values: Mapping[str, Any], case: Case) -> Updates | None:
@@ -90,10 +106,28 @@ def _from_nothing(case: Case) -> Updates | None:
     return _run(replace(case, inputs=empty))
 
 
+def _inside(squared: bool, case: Case) -> Updates | None:
+    """The norm that the polynomial's input is divided by is a root over epsilon too."""
+    from conformance.mutants.mutant import attribute
+    from dion_ref import update
+    from dion_ref.linalg import norm
+
+    def wrong(M: Tensor, *, epsilon: float, epsilon_rule: str, norm_factor: float) -> Tensor:
+        return M / ((norm_factor * norm(M)).square() + (epsilon**2 if squared else epsilon)).sqrt()
+
+    with attribute(update, "normalize_input", lambda _: wrong):
+        return _run(case)
+
+
+def _but_for_dead_columns(case: Case) -> Updates | None:
+    """What dead columns become without a rule is rounding, which nobody can foretell: nothing is said of them."""
+    return None if DEAD & set(case.flags) else case.expected["update"]
+
+
 def _decay(rule: Callable[[Case, int, Updates, Updates], Updates], case: Case) -> Updates | None:
     """The updates without decay do not depend on the weight; `rule` decays otherwise."""
     plain = _run(replace(case, hyper={**case.hyper, "weight_decay": 0.0}))
-    if plain is None or case.hyper["cautious"] or "scale_factor" not in case.derived:
+    if plain is None or case.hyper["cautious"]:
         return None
     weight, updates = case.inputs["weight"].astype(np.float64), []
     for step in range(case.steps):
@@ -108,7 +142,33 @@ def _after(case: Case, step: int, weight: Updates, plain: Updates) -> Updates:
     return plain - decay * (weight + plain)
 
 
+def _unscaled(case: Case, step: int, weight: Updates, plain: Updates) -> Updates:
+    decay: float = case.hyper_at(step)["weight_decay"]
+    return plain - decay * weight
+
+
 def _scaled(case: Case, step: int, weight: Updates, plain: Updates) -> Updates:
     hyper = case.hyper_at(step)
-    decay: float = hyper["lr"] * case.derived["scale_factor"][0] * hyper["weight_decay"]
-    return plain - decay * weight
+    decay: float = hyper["lr"] * hyper["weight_decay"]
+    return plain - decay * _by_piece(case, weight, case.derived["scale_factor"])
+
+
+def _rootless(case: Case, step: int, weight: Updates, plain: Updates) -> Updates:
+    """Of 0.2 sqrt(max(m, n)) the 0.2 stays."""
+    hyper = case.hyper_at(step)
+    decay: float = hyper["lr"] * hyper["weight_decay"]
+    unit = 0.2 if hyper["scale"] in ("moonlight", "rms_norm") else 1.0
+    return _by_piece(case, plain, [factor / unit for factor in case.derived["scale_factor"]]) - decay * weight
+
+
+def _by_piece(case: Case, array: Updates, factors: Sequence[float]) -> Updates:
+    """Each piece of a parameter times its factor."""
+    from conformance.adapters.oracle import make_split
+
+    split = make_split(case.split)
+    if split is None:
+        return array * factors[0]
+    pieces = split.split(torch.from_numpy(array))
+    scaled = [piece * factor for piece, factor in zip(pieces, factors, strict=True)]
+    merged: Updates = split.merge(scaled, case.shape).numpy()
+    return merged

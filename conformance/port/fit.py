@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from fractions import Fraction
 
 import numpy as np
 from numpy.typing import NDArray
 
 from conformance.port.choices import changes
 from conformance.port.execute import Outcome
-from conformance.port.grading import error_of
+from conformance.port.grading import acceptable, error_of
 from conformance.vectors import Case, VectorSet
 
 SHOWN = 3
-ENOUGH = 0.9
-"""Share of the cases that an explanation has to match."""
+NAMED = 4
+"""So many of the cases that an explanation does not match are named."""
+ENOUGH = Fraction(9, 10)
+"""Share of the cases that an explanation has to match; exact, so that 18 of 20 are enough."""
 SEVERAL = 3
 """Fewer cases tell no convention: too many agree on them."""
 ROUNDING = {"float32": 2.0**-26, "bfloat16": 2.0**-11}
@@ -23,8 +26,8 @@ ROUNDING = {"float32": 2.0**-26, "bfloat16": 2.0**-11}
 COARSER = {"float64": ("float32", "bfloat16"), "float32": ("bfloat16",), "bfloat16": ()}
 
 Done = Sequence[tuple[Case, Outcome]]
-Expected = tuple[NDArray[np.float64], float]
-"""An update and its tolerance."""
+Expected = tuple[NDArray[np.float64], float, Case]
+"""An update, its tolerance, and the case of which it may be acceptable too."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +38,10 @@ class Fit:
         algorithm, claimed, dtype: of the cases.
         explanation: a dialect, or the claimed one "with" another choice; the claimed one itself where the updates are
             its own; empty if nothing explains it.
-        matching, compared: cases within tolerance, and all.
+        matching, compared: cases within tolerance, and all; what is merely acceptable is no case of either.
         error: the largest update error of those within tolerance.
         enough: the cases suffice to tell conventions from each other.
+        misses: ids of the cases that do not match.
     """
 
     algorithm: str
@@ -48,11 +52,12 @@ class Fit:
     compared: int
     error: float
     enough: bool = True
+    misses: tuple[str, ...] = ()
 
     @property
-    def share(self) -> float:
+    def share(self) -> Fraction:
         """Of the cases, those that match."""
-        return self.matching / self.compared if self.compared else 0.0
+        return Fraction(self.matching, self.compared) if self.compared else Fraction(0)
 
     def __str__(self) -> str:
         if not self.enough:
@@ -61,12 +66,24 @@ class Fit:
                 f"{self.compared} {cases} cannot tell what it follows: run all of its L1 and L2, and claim the "
                 "features 'state', 'schedule:lr' and 'schedule:mu' if it has them"
             )
+        cases = f"{self.matching or 'none'} of {self.compared} cases{self._but()}"
         if not self.explanation:
-            return "no known convention matches, nor this one with one choice changed"
-        which = "all" if self.matching == self.compared else f"{self.matching} of"
+            return (
+                f"nothing that was tried explains it, no other convention and not {self.claimed} with one choice "
+                f"changed; {self.claimed} itself fits {cases}"
+            )
+        which = f"all {self.compared} cases" if self.matching == self.compared else cases
+        found = f"within tolerance in {which} (largest error {self.error:.0e})"
         if self.explanation == self.claimed:
-            return f"the updates follow it, to {self.error:.0e} in {which} {self.compared} cases"
-        return f"matches {self.explanation} to {self.error:.0e} in {which} {self.compared} cases"
+            return f"the updates follow it, {found}"
+        return f"matches {self.explanation} {found}"
+
+    def _but(self) -> str:
+        """The cases that do not match, where that is not all of them."""
+        if not self.matching or not self.misses:
+            return ""
+        more = f" and {len(self.misses) - NAMED} more" if len(self.misses) > NAMED else ""
+        return f", not {', '.join(self.misses[:NAMED])}{more}"
 
 
 def fits(
@@ -105,12 +122,15 @@ def fits(
             expected: Callable[[Case], Expected | None],
             group: tuple[str, str, str] = (algorithm, claimed, dtype),
             done: Done = done,
+            settled: bool = True,
         ) -> Fit:
-            cases, errors = _compared(done, expected)
-            error = max(errors, default=0.0)
-            return Fit(*group, explanation, len(errors), len(cases), error, _telling(cases, given))
+            cases, errors = _compared(done, expected, group[2], settled)
+            misses = tuple(case.id for case in cases if case.id not in errors)
+            error = max(errors.values(), default=0.0)
+            enough = _telling(cases, given)
+            return Fit(*group, explanation, len(errors), len(cases), error, enough, misses)
 
-        own = fit(claimed, _own(dtype))
+        own = fit(claimed, _own(dtype), settled=False)
         tried = [
             fit(name, _sibling(vectors, claimed, name, dtype))
             for name in dict.fromkeys(case.dialect for case in vectors if case.algorithm == algorithm)
@@ -129,7 +149,7 @@ def fits(
                 better = _better([fit(text, _own(dtype, coarser))], own)
         if not better and own.share >= ENOUGH:
             better = [own]
-        found += better or [Fit(algorithm, claimed, dtype, "", 0, own.compared, 0.0)]
+        found += better or [replace(own, explanation="", enough=True)]
     return found
 
 
@@ -144,8 +164,10 @@ def _rounded(done: Done, dtype: str) -> bool:
 
 
 def _better(tried: Sequence[Fit], own: Fit) -> list[Fit]:
+    """The best of what matches enough cases, and more than the claimed convention does."""
     kept = [fit for fit in tried if fit.enough and fit.share >= ENOUGH and fit.share > own.share]
-    return sorted(kept, key=lambda fit: (-fit.matching, fit.error))[:SHOWN]
+    whole = [fit for fit in kept if fit.share == 1]  # beside these, one that misses a case explains nothing
+    return sorted(whole or kept, key=lambda fit: (-fit.matching, fit.error))[:SHOWN]
 
 
 def _telling(cases: Sequence[Case], given: bool) -> bool:
@@ -168,20 +190,25 @@ def _warm(case: Case) -> bool:
     )
 
 
-def _compared(done: Done, expected: Callable[[Case], Expected | None]) -> tuple[list[Case], list[float]]:
-    """The cases compared, and the errors of those that match; no more than settle it."""
-    within: list[float] = []
+def _compared(
+    done: Done, expected: Callable[[Case], Expected | None], dtype: str, settled: bool
+) -> tuple[list[Case], dict[str, float]]:
+    """The cases compared, and by id the errors of those that match; if `settled`, no more than settle it."""
+    within: dict[str, float] = {}
     compared: list[Case] = []
     for case, outcome in done:
-        if len(compared) - len(within) > (1 - ENOUGH) * len(done):
+        if settled and len(compared) - len(within) > (1 - ENOUGH) * len(done):
             break
         wanted = expected(case)
         if wanted is None or outcome.update is None:
             continue
-        error = error_of("update", outcome.update, wanted[0])
+        update, allowed, of = wanted
+        error = error_of("update", outcome.update, update)
+        if error <= allowed:
+            within[case.id] = error
+        elif acceptable(of, dtype, outcome.update, allowed) is not None:
+            continue
         compared.append(case)
-        if error <= wanted[1]:
-            within.append(error)
     return compared, within
 
 
@@ -194,7 +221,7 @@ def _own(dtype: str, tolerance: str | None = None) -> Callable[[Case], Expected 
 
     def expected(case: Case) -> Expected | None:
         allowed = _allowed(case, tolerance or dtype)
-        return None if allowed is None else (case.expected["update"], allowed)
+        return None if allowed is None else (case.expected["update"], allowed, case)
 
     return expected
 
@@ -219,6 +246,6 @@ def _changed(
     def expected(case: Case) -> Expected | None:
         allowed = _allowed(case, dtype)
         update = change(case) if allowed is not None else None
-        return None if update is None or allowed is None else (update, allowed)
+        return None if update is None or allowed is None else (update, allowed, case)
 
     return expected

@@ -158,9 +158,8 @@ def grade(case: Case, dtype: str, outcome: Outcome, states: tuple[str, ...] = ("
         return base.with_status(FAIL, "the new weight has NaN or infinite values")
     wrong = {name: pair for name, pair in errors.items() if pair[1] is not None and not pair[0] <= pair[1]}
     if wrong:
-        for note, other in case.acceptable:
-            if _is_other(case, dtype, outcome.update, other, errors["update"][1]):
-                return base.with_status(ACCEPTABLE, note)
+        if (note := acceptable(case, dtype, outcome.update, errors["update"][1])) is not None:
+            return base.with_status(ACCEPTABLE, note)
         if (
             case.acceptable and errors["update"][1] is None
         ):  # states alone are off, as another right update has them
@@ -170,6 +169,13 @@ def grade(case: Case, dtype: str, outcome: Outcome, states: tuple[str, ...] = ("
     if errors["update"][1] is None:
         return base.with_status(UNDECIDED, f"{dtype} decides nothing here: a right port may be off by half")
     return base
+
+
+def acceptable(case: Case, dtype: str, update: NDArray[Any], allowed: float | None) -> str | None:
+    """The note of the other result that an update is, or None if it is none of those that are no bug."""
+    return next(
+        (note for note, other in case.acceptable if _is_other(case, dtype, update, other, allowed)), None
+    )
 
 
 def _is_other(

@@ -131,7 +131,7 @@ def test_the_convention_that_is_followed_is_found(vectors: VectorSet) -> None:
     best = found.fits[0]
     assert (best.claimed, best.explanation, best.matching) == ("torch", "moonlight", best.compared)
     assert best.error < 1e-12
-    assert str(best).startswith("matches moonlight to ")
+    assert str(best).startswith("matches moonlight within tolerance in all ")
 
 
 def test_a_tie_broken_otherwise_is_acceptable_with_its_note(vectors: VectorSet) -> None:
