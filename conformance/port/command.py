@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from conformance.adapters import DTYPES, LEVELS, AdapterError, Capabilities, check_dialects
+from conformance.adapters import DTYPES, AdapterError, Capabilities, check_dialects
 from conformance.named import look_here
 from conformance.port import output
 from conformance.port.grading import Verdict
@@ -69,6 +69,8 @@ def port(
     console = Console() if sys.stdout.isatty() else Console(width=120)
     began = time.monotonic()
     look_here()
+    from conformance.port.listing import check_only, claimed_cases  # `--help` need not wait for DTensor
+
     try:
         check_targets([path for path in (json_file, junit, html) if path is not None])
         selection = selection_of(level, dtype, case, skip, xfail)
@@ -77,6 +79,7 @@ def port(
         claims = claims_of(adapter, timeout, device)
         check_dialects(claims, found, adapter)
         check_known((*selection.skip, *selection.xfail), lambda: claimed_cases(claims, found))
+        check_only(claims, found, selection, nproc)
         run = run_port(
             adapter, claims, found, selection, console, timeout, nproc=nproc, device=device, backend=backend
         )
@@ -148,23 +151,6 @@ def check_backend(device: str, backend: str | None) -> None:
         raise SelectionError(
             f"on {device} the backend is {' or '.join(BACKENDS[device])}, not {backend!r}; give --device as well"
         )
-
-
-def claimed_cases(claims: Capabilities, vectors: VectorSet) -> list[tuple[str, str]]:
-    """Ids and dtypes of all levels that a port claims: to these the files of known failures may refer."""
-    from conformance.port.convergence import gate_jobs
-    from conformance.port.mesh_cases import LARGEST, claimed_hypers, mesh_cases
-
-    every = Selection(LEVELS)
-    found = [(case.id, dtype) for case, dtype, known in jobs(claims, vectors, every) if known is None]
-    found += [
-        (case.id, dtype)
-        for case in mesh_cases(claimed_hypers(claims, vectors), ("L3", "L4"), ranks=LARGEST)
-        for dtype in claims.dtypes
-        if case.level in claims.levels and set(case.requires) <= set(claims.features)
-    ]
-    found += [(case, dtype) for case, dtype, known in gate_jobs(claims, vectors, every) if known is None]
-    return found
 
 
 def run_port(

@@ -66,6 +66,7 @@ def meshes(
     # Imported here: `--help` need not wait for DTensor.
     from conformance.port.command import check_backend, claims_of, selection_of
     from conformance.port.compare import Kept, compare, read, write
+    from conformance.port.listing import check_only
     from conformance.port.meshes import run_meshes
     from conformance.port.targets import check_targets
     from conformance.vectors import VectorError, load
@@ -84,6 +85,7 @@ def meshes(
         check_dialects(claims, vectors, adapter)
         selection = selection_of(level, dtype, case, None, None)
         check_backend(device, backend)
+        check_only(claims, vectors, selection, _ranks(nproc))
         if compiled and backend == THREADS:
             raise SelectionError("--compile needs ranks that are processes: threads share one compiler")
 

@@ -85,8 +85,14 @@ def test_a_pass_says_what_was_not_claimed() -> None:
         (["tests.port.ports:perfect", "--device", "tpu"], "'tpu' is no device"),
         (["tests.port.ports:perfect", "--json", "/no/such/folder/file"], "/no/such/folder does not exist"),
         (["tests.port.ports:perfect", "--html", "/"], "cannot be written"),
-        (["tests.port.ports:perfect", "--vectors", "/no/such/folder"], "index.json cannot be read"),
+        (["tests.port.ports:perfect", "--vectors", "/no/such/folder"], "/no/such/folder is no folder of vectors: "),
         (["tests.port.ports:perfect", "--xfail", "/no/such/file"], "/no/such/file cannot be read"),
+        (["tests.port.ports:perfect", "--case", "L1/moun/*"], "'L1/moun/*' matches no case of L0, L1, L2, L3, L4;"),
+        (["tests.port.ports:perfect", "--case", "L0/*", "--level", "L1"], "--case 'L0/*' matches no case of L1;"),
+        (["tests.port.ports:perfect", "--case", "L1/*@float32", "--dtype", "float64"], "matches no case of L0, "),
+        (["tests.port.ports:perfect", "--case", "L4/muon/*"], "that dion_ref claims, on 4 ranks or fewer"),
+        (["dion_dtensor", "--case", "L4/muon/dion/8x8-*"], "that dion_dtensor claims, on 4 ranks or fewer"),
+        (["dion_dtensor", "--case", "L5/muon/nosuch", "--level", "L5"], "no case of L5; an id is like L5/muon/"),
     ],
 )  # fmt: skip
 def test_what_cannot_start_ends_with_one_line_and_status_two(arguments: list[str], message: str) -> None:
@@ -119,11 +125,6 @@ def test_no_free_port_for_the_ranks(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert "no port is free" in done.stderr
     assert "Traceback" not in done.output
     assert list(tmp_path.iterdir()) == []
-
-
-def test_cases_that_match_nothing_are_no_pass() -> None:
-    done = CliRunner().invoke(app, ["port", "tests.port.ports:perfect", "--case", "no/such/case"])
-    assert done.exit_code == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -178,6 +179,8 @@ def test_what_is_acceptable_alone_is_a_pass() -> None:
 def test_meshes_that_match_nothing_are_no_pass() -> None:
     done = CliRunner().invoke(app, ["meshes", "--case", "no/such/case"])
     assert done.exit_code == 2
+    assert "--case 'no/such/case' matches no case of L3, L4; an id is like L3/" in done.stderr
+    assert "nothing was run" not in done.output
 
 
 def test_a_file_that_hides_the_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from conformance.adapters import Capabilities, find
-from conformance.port.command import claimed_cases
 from conformance.port.grading import SKIP, XFAIL, XPASS
+from conformance.port.listing import claimed_cases
 from conformance.port.runner import Run, Selection, run_vectors
 from conformance.port.selection import SelectionError, check_known, levels_of, matches, read_known
 from conformance.vectors import load
