@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -29,7 +30,7 @@ def certify(
     Errors are in units of float64 eps times the condition number that theory allows; more than 32 is a failure.
     Exit status 0 only if no case failed and every mutant was caught.
     """
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     everything = all_cases()
     chosen = sample(everything, cases)
     wrong = all_mutants() if mutants else []

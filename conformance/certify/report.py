@@ -57,8 +57,8 @@ def show(certificate: Certificate, console: Console) -> None:
         console.print(mutants)
     failures = sum(case.failed for case in certificate.cases)
     caught = sum(mutant.caught for mutant in certificate.mutants)
+    mistakes = f"{caught} of {len(certificate.mutants)} mutants caught; " if certificate.mutants else ""
     console.print(
-        f"{len(certificate.cases)} cases, {failures} failures; {caught} of {len(certificate.mutants)} mutants caught; "
-        f"{certificate.seconds:.0f} s",
+        f"{len(certificate.cases)} cases, {failures} failures; {mistakes}{certificate.seconds:.0f} s",
         style="bold green" if certificate.passed else "bold red",
     )

@@ -38,13 +38,13 @@ def mutants(
 
     console = Console() if sys.stdout.isatty() else Console(width=160)
     began = time.monotonic()
-    chosen = [
-        one
-        for one in every()
-        if (not local or one.level in LOCAL) and (not only or any(fnmatchcase(one.name, p) for p in only))
-    ]
-    if not chosen:
-        raise typer.BadParameter("no mutant has such a name")
+    known = [one for one in every() if not local or one.level in LOCAL]
+    for pattern in only or ():
+        if not any(fnmatchcase(one.name, pattern) for one in known):
+            names = "".join(f"\n  {name}" for name in dict.fromkeys(one.name for one in known))
+            typer.echo(f"error: --only {pattern!r} matches no mutant; there are{names}", err=True)
+            raise typer.Exit(2)
+    chosen = [one for one in known if not only or any(fnmatchcase(one.name, pattern) for pattern in only)]
     try:
         check_targets([json_file] if json_file is not None else [])
     except OSError as error:

@@ -168,7 +168,16 @@ def _read(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise VectorError(f"{path} cannot be read ({error.strerror}); install the package again") from error
+        if path.parent.resolve() == FOLDER.resolve():
+            remedy = "install the package again"
+        elif path.name == "index.json":
+            raise VectorError(
+                f"{path.parent} is no folder of vectors: index.json cannot be read there ({error.strerror}); "
+                "`conformance vectors make FOLDER` writes a set"
+            ) from error
+        else:
+            remedy = "make or copy the set again"
+        raise VectorError(f"{path} cannot be read ({error.strerror}); {remedy}") from error
 
 
 def _json(content: bytes, path: Path) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -143,7 +144,9 @@ def test_the_command_writes_what_it_shows(tmp_path: Path) -> None:
     assert written["counts"] == {"cases": 12, "failures": 0, "mutants": 0, "caught": 0}
     assert set(written["versions"]) >= {"torch", "mpmath", "python"}
     assert all(group["units"] <= written["limit"] for group in written["groups"])
-    assert "12 cases, 0 failures" in result.output
+    assert re.search(r"^12 cases, 0 failures; \d+ s$", result.output, re.MULTILINE)  # and no word of mutants
+    words = {word for group in written["groups"] for word in group["worst_case"].split()}
+    assert all(word in result.output for word in words)  # off a terminal no word is broken
 
 
 def test_the_command_fails_on_a_wrong_oracle() -> None:

@@ -29,6 +29,16 @@ def test_there_are_enough_of_them_and_their_names_are_their_own() -> None:
     assert {one.subject for one in EVERY} == {ORACLE, PRODUCTION, "a gathering port"}
 
 
+def test_a_pattern_that_matches_nothing_gets_the_names() -> None:
+    done = CliRunner().invoke(
+        app, ["mutants", "--local", "--only", "Nesterov flipped", "--only", "Nestorov*"]
+    )
+    assert done.exit_code == 2
+    said = done.stderr.splitlines()
+    assert said[0] == "error: --only 'Nestorov*' matches no mutant; there are"
+    assert said[1:] == list(dict.fromkeys(f"  {one.name}" for one in EVERY if one.level in LOCAL))
+
+
 def test_a_sample_is_caught_where_it_should() -> None:
     chosen = [one for one in EVERY if one.name in QUICK and one.level in LOCAL]
     assert {one.name for one in chosen} == set(QUICK)

@@ -44,7 +44,10 @@ DAMAGES: dict[str, tuple[Damage, str]] = {
     "tampered": (tamper, r"muon\.json is not the file"),
     "renamed": (lambda f: (f / "dion.json").rename(f / "dion_.json"), r"dion\.json cannot be read"),
     "schema from the future": (from_the_future, "schema 99, this loader reads up to 1; install a newer"),
-    "no index": (lambda f: (f / "index.json").unlink(), r"index\.json cannot be read"),
+    "no index": (
+        lambda f: (f / "index.json").unlink(),
+        r"is no folder of vectors: index\.json cannot be read there",
+    ),
     "index is no JSON": (lambda f: (f / "index.json").write_text("{"), r"index\.json is no JSON"),
     "index of something else": (lambda f: (f / "index.json").write_text("[]"), "no integer schema version"),
 }
