@@ -54,7 +54,8 @@ class TorchOptimizerAdapter:
             norm_factor and compute_dtype.
 
     Raises:
-        AdapterError: a key of `state` or `hyper` that the oracle does not have.
+        AdapterError: a key of `state` or `hyper` that the oracle does not have, or a feature that is claimed without
+            the key that it needs.
     """
 
     def __init__(
@@ -76,6 +77,7 @@ class TorchOptimizerAdapter:
         self._made = {key: made for key, (_, made) in pairs.items() if made is not None}
         given = {"lr": "lr", **(hyper or {})}
         self.hyper_keys = {name: (keys,) if isinstance(keys, str) else keys for name, keys in given.items()}
+        _check_features(capabilities, self.state_keys, self.hyper_keys)
         self._orthonormalize = orthonormalize
         self._device = torch.device("cpu")
 
@@ -167,6 +169,26 @@ class TorchOptimizerAdapter:
             raise NotImplementedError("no orthonormalizer was given")
         given = self._tensor(matrix)
         return array(self._orthonormalize(given, {**hyper, "compute_dtype": compute_dtype}))
+
+
+def _check_features(claims: Capabilities, state: Mapping[str, str], hyper: Mapping[str, Any]) -> None:
+    """Refuses claims that could not be kept, before a case fails by them.
+
+    Raises:
+        AdapterError: names the feature, and the argument that it needs.
+    """
+    if "state" in claims.features and not state:
+        raise AdapterError(
+            f"{claims.name} claims the feature 'state', but state={{}} has no key of its optimizer; "
+            "give state={'momentum': 'your key'} or drop the feature"
+        )
+    for feature in claims.features:
+        kind, _, name = feature.partition(":")
+        if kind == "schedule" and name not in hyper:
+            raise AdapterError(
+                f"{claims.name} claims the feature {feature!r}, but hyper={{{', '.join(map(repr, hyper))}}} has no key "
+                f"for it; give hyper={{{name!r}: 'your key'}} or drop the feature"
+            )
 
 
 def array(tensor: Tensor) -> NDArray[Any]:

@@ -40,6 +40,8 @@ STATUSES = (PASS, ACCEPTABLE, FAIL, ERROR, XFAIL, XPASS, SKIP, UNDECIDED)
 """In the order of the columns; what is not claimed is counted apart."""
 OPEN = (ACCEPTABLE, UNDECIDED, SKIP)
 """Neither passed nor failed: the reasons are told."""
+ORDINARY = re.compile(r"/(?!1x|\d+x1-)\d+x\d+-(warm|fresh)$")
+"""Ids of cases with nothing special about them."""
 ROOM = (
     "bfloat16 leaves room: what changes an update by less than 1 to 50 % passes. "
     "If the port can compute in float32, claim that as well."
@@ -171,14 +173,17 @@ def show(
 
 
 def alike(verdicts: Sequence[Verdict]) -> list[tuple[Verdict, list[Verdict]]]:
-    """Verdicts whose messages differ in numbers alone, put together: the one furthest off, and the others."""
+    """Verdicts whose messages differ in numbers alone, put together: one to show, and the others.
+
+    Shown is the one furthest off of the ordinary cases, or of all where there is none: an exotic one needs explaining.
+    """
     groups: dict[tuple[str, str], list[Verdict]] = {}
     for one in verdicts:
         groups.setdefault((one.status, re.sub(r"\d+(\.\d+)?(e[+-]?\d+)?", "#", one.message)), []).append(one)
     found = []
     for group in groups.values():
-        worst = max(group, key=lambda one: one.used)
-        found.append((worst, [one for one in group if one is not worst]))
+        shown = max(group, key=lambda one: (ORDINARY.search(one.case) is not None, one.used))
+        found.append((shown, [one for one in group if one is not shown]))
     return found
 
 

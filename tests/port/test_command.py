@@ -18,6 +18,8 @@ from typer.testing import CliRunner
 
 from conformance import entry
 from conformance.cli import app
+from conformance.port.grading import FAIL, Verdict
+from conformance.port.output import alike
 
 ROOT = Path(__file__).parent.parent.parent
 CASES = ["--case", "L1/muon/dion/7x1-warm", "--case", "L1/muon/dion/8x8-warm", "--dtype", "float64"]
@@ -147,6 +149,22 @@ def test_what_is_alike_is_told_once_and_what_is_open_with_its_reason() -> None:
     done = CliRunner().invoke(app, ["port", "conformance.mutants.gathering:adapter", *meshes])
     assert done.exit_code == 2
     assert "skip: L4/muon/dion/8-S0@float64 and 1 more: needs 8 ranks; run it with --nproc 8" in done.output
+
+
+def test_of_what_is_alike_an_ordinary_case_is_shown() -> None:
+    def verdict(case: str, error: float) -> Verdict:
+        said = f"update is off by {error}"
+        return Verdict(
+            case, "L1", "muon", "dion", "float32", FAIL, message=said, errors={"update": (error, 1.0)}
+        )
+
+    names = ("13x10-rank-deficient", "7x1-warm", "8x24-warm", "24x8-fresh", "8x24-cautious-fresh")
+    verdicts = [verdict(f"L1/muon/dion/{name}", 9.0 - index) for index, name in enumerate(names)]
+    ((shown, others),) = alike(verdicts)
+    assert shown.case == "L1/muon/dion/8x24-warm"
+    assert len(others) == 4
+    ((shown, _),) = alike(verdicts[:2])
+    assert shown.case == "L1/muon/dion/13x10-rank-deficient"
 
 
 def test_a_pass_in_bfloat16_alone_says_how_much_that_is() -> None:

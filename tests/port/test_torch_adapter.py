@@ -110,3 +110,30 @@ def test_a_state_that_is_kept_otherwise_is_made_by_a_function() -> None:
         run = run_vectors(adapter, claims, load(), Selection(("L1",), (), ("L1/adamw/dion/*warm",)))
         assert run.verdicts
         assert all((one.status == PASS) == right for one in run.verdicts)
+
+
+@pytest.mark.parametrize(
+    ("feature", "given", "message"),
+    [
+        (
+            "state",
+            {},
+            r"port claims the feature 'state', but state=\{\} has no key of its optimizer; give state=",
+        ),
+        ("state", {"state": {}}, "'state', but"),
+        (
+            "schedule:mu",
+            {},
+            r"'schedule:mu', but hyper=\{'lr'\} has no key for it; give hyper=\{'mu': 'your key'\}",
+        ),
+    ],
+)
+def test_a_claim_without_its_key_is_refused_at_once(
+    feature: str, given: dict[str, Any], message: str
+) -> None:
+    claims = Capabilities("port", {"muon": ("keller",)}, features=("schedule:lr", feature))
+    with pytest.raises(AdapterError, match=message):
+        TorchOptimizerAdapter(claims, lambda params, spec: None, **given)  # type: ignore[arg-type, return-value]
+    TorchOptimizerAdapter(
+        claims, lambda params, spec: None, state={"momentum": "buffer"}, hyper={"mu": "momentum"}
+    )  # type: ignore[arg-type, return-value]
