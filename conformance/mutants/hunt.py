@@ -204,7 +204,7 @@ def _program(rank: Rank, work: tuple[tuple[tuple[int, str, str, list[MeshCase]],
         mutant = every[name, subject]
         began = time.perf_counter()
         caught = None
-        with watched(SECONDS, rank.index, lambda _, __: None):
+        with watched(SECONDS, rank.index, lambda *_: None):
             for case in cases:
                 caught = caught or _judge(mutant, case, rank, f"{folder}/{index}")
         if rank.index == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -82,18 +82,28 @@ def grade(case: MeshCase, dtype: str, values: Values) -> dict[str, tuple[float, 
 
 
 def beyond(case: MeshCase, dtype: str, values: Values) -> dict[str, str]:
-    """By quantity, how many parameters are beyond their tolerance, and which, with their shapes."""
+    """By quantity, how many parameters are beyond their tolerance, and which, with their shapes.
+
+    And the shapes of those that are right: they tell what the mistake leaves alone.
+    """
     shapes = {name: list(problem.plan.shape) for name, problem in problems_of(case).items()}
-    every, wrong = Counter[str](), defaultdict[str, list[str]](list)
+    right, wrong = defaultdict[str, list[str]](list), defaultdict[str, list[str]](list)
     for one in _measured(case, dtype, values):
-        every[one.quantity] += 1
+        shape = str(shapes[one.parameter])
         if _share(one.pair) > 1:
-            wrong[one.quantity].append(f"{one.parameter} {shapes[one.parameter]}")
+            wrong[one.quantity].append(f"{one.parameter} {shape}")
+        else:
+            right[one.quantity].append(shape)
     return {
-        quantity: f"in {len(names)} of {every[quantity]} parameters: {', '.join(names[:SHOWN])}"
-        + (" ..." if len(names) > SHOWN else "")
+        quantity: f"in {len(names)} of {len(names) + len(right[quantity])} parameters: {_some(names)}"
+        + (f"; right: {_some(list(dict.fromkeys(right[quantity])))}" if right[quantity] else "")
         for quantity, names in wrong.items()
     }
+
+
+def _some(names: list[str]) -> str:
+    """The first few."""
+    return ", ".join(names[:SHOWN]) + (" ..." if len(names) > SHOWN else "")
 
 
 def worst_spectrum(case: MeshCase, dtype: str, values: Values) -> Spectrum:

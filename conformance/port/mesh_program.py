@@ -62,10 +62,12 @@ class Hung:
     Attributes:
         message: where it is.
         waits: in a collective, so for another rank.
+        stack: where it is, frame by frame.
     """
 
     message: str
     waits: bool
+    stack: str = ""
 
 
 @dataclass(frozen=True)
@@ -97,8 +99,8 @@ def program(rank: Rank, work: Work) -> None:
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)  # DTensor tells how a redistribution could be faster
 
-    def hung(line: str, waits: bool) -> None:
-        rank.emit(Hung(line, waits))
+    def hung(line: str, waits: bool, stack: str) -> None:
+        rank.emit(Hung(line, waits, stack))
         rank.linger()
 
     shared = [work.folder]  # joined ranks have made one each

@@ -54,6 +54,11 @@ class Log:
             return f"{hung[False]}; the others waited for it: {hung[True]}"
         return hung[False] or hung[True]
 
+    def stacks(self) -> str:
+        """Of all ranks that hung, those that waited for no other first."""
+        every = sorted(self.hung.items(), key=lambda item: (item[1].waits, item[0]))
+        return "\n".join(f"rank {rank}:\n{one.stack}" for rank, one in every)
+
 
 def run_meshes(
     adapter: str | Adapter,
@@ -110,7 +115,7 @@ def run_meshes(
                 blamed = blamed if blamed not in done else min(set(range(len(todo))) - done, default=blamed)
                 message = log.hang() or str(failure)
                 verdict = selection.judged(
-                    replace(_blank(todo[blamed], ERROR, message), details=failure.details)
+                    replace(_blank(todo[blamed], ERROR, message), details=log.stacks() or failure.details)
                 )
                 verdicts.append(verdict)
                 on_verdict(verdict)

@@ -24,13 +24,14 @@ OPERATORS = ("_c10d_functional.", "c10d.", "dion_dtensor.")
 
 
 @contextmanager
-def watched(seconds: float, rank: int, report: Callable[[str, bool], None]) -> Iterator[None]:
+def watched(seconds: float, rank: int, report: Callable[[str, bool, str], None]) -> Iterator[None]:
     """Ends this process if the block takes longer, after `report` was told in what it hung.
 
     Args:
         seconds: the limit.
         rank: for the message.
-        report: called with one line, and whether it waits for other ranks; the whole stack goes to standard error.
+        report: called with one line, whether it waits for other ranks, and the whole stack; the line alone goes to
+            standard error.
     """
     main = threading.get_ident()
 
@@ -39,10 +40,9 @@ def watched(seconds: float, rank: int, report: Callable[[str, bool], None]) -> I
         place, waits = where(frame)
         line = f"rank {rank} hung for {seconds:g} s {place}"
         try:
-            print(line, file=sys.stderr)
-            traceback.print_stack(frame, limit=30)
+            sys.stderr.write(f"{line}\n")  # in one call: other ranks write there too
             sys.stderr.flush()
-            report(line, waits)
+            report(line, waits, "".join(traceback.format_stack(frame, limit=30)))
             time.sleep(OTHERS_SECONDS)
         finally:
             os._exit(HANG_EXIT)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import multiprocessing
+import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +18,10 @@ from conformance.port.mesh_cases import LAYOUTS, RESHARDINGS, claimed_hypers, me
 from conformance.port.mesh_program import Hung, Started
 from conformance.port.meshes import Log, run_meshes
 from conformance.port.runner import Selection
-from conformance.port.watchdog import where
+from conformance.port.watchdog import HANG_EXIT, where
 from conformance.vectors import load
 
+ROOT = Path(__file__).parents[2]
 OURS = (
     *(
         "L4/muon/dion/2x2-PS0",
@@ -110,6 +113,26 @@ def test_a_hang_ends_in_time_with_the_rank_and_what_the_others_wait_in() -> None
     assert [f"rank {rank} hung" in waiting for rank in range(4)] == [True, True, False, True]
     assert waiting.count("in the collective 'full_tensor'") == 3
     assert found["L4/muon/dion/2-S0"].status == PASS
+    # For --traceback, the culprit first.
+    assert hung.details.startswith("rank 2:\n  File ")
+    assert ", in misbehave\n" in hung.details.partition("rank 0:")[0]
+    assert all(f"rank {rank}:\n" in hung.details for rank in range(4))
+
+
+def test_a_hang_prints_one_line_and_no_stack() -> None:
+    code = (
+        "import time\n"
+        "from conformance.port import watchdog\n"
+        "watchdog.OTHERS_SECONDS = 0.0\n"
+        "def said(line, waits, stack): print(waits, stack)\n"
+        "with watchdog.watched(1.0, 7, said): time.sleep(60)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-uc", code], capture_output=True, text=True, timeout=60, check=False, cwd=ROOT
+    )
+    assert done.returncode == HANG_EXIT
+    assert done.stderr == "rank 7 hung for 1 s in __main__.<module>\n"
+    assert done.stdout.startswith('False   File "<string>", line 5, in <module>\n')
 
 
 def test_ranks_may_be_threads_of_one_process() -> None:

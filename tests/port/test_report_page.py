@@ -15,7 +15,7 @@ from conformance.mutants.gathering import GatheringAdapter
 from conformance.port import mesh_grading
 from conformance.port.execute import Outcome
 from conformance.port.grading import ERROR, FAIL, PASS, Verdict, grade, relative_error, spectrum
-from conformance.port.mesh_cases import MeshCase, claimed_hypers, mesh_cases
+from conformance.port.mesh_cases import SHAPES, MeshCase, claimed_hypers, mesh_cases
 from conformance.port.meshes import run_meshes
 from conformance.port.page import points, render, worst
 from conformance.port.runner import Run, Selection
@@ -116,7 +116,14 @@ def test_the_parameter_that_uses_most_of_its_tolerance_is_drawn_and_nan_uses_mos
     along = mesh_grading.worst_spectrum(case, "float64", values)
     assert [error for error, _ in points(along)] == pytest.approx([0.25] * 8)
     (said,) = mesh_grading.beyond(case, "float64", values).values()
-    assert said == "in 1 of 9 parameters: blocks_7_weight [16, 8]"
+    shapes = list(dict.fromkeys(str(list(SHAPES[index])) for index in range(9) if index != 7))
+    assert len(shapes) > 4
+    assert said == f"in 1 of 9 parameters: blocks_7_weight [16, 8]; right: {', '.join(shapes[:4])} ..."
+    (said,) = mesh_grading.beyond(
+        case, "float64", {name: 2 * value for name, value in values.items()}
+    ).values()
+    assert "in 9 of 9 parameters: " in said
+    assert "right" not in said
     values["blocks_3_weight/update"][0, 0] = float("nan")
     assert not np.isfinite(mesh_grading.grade(case, "float64", values)["update"][0])
     assert mesh_grading.worst_spectrum(case, "float64", values) == ()
