@@ -179,6 +179,7 @@ def bench(
             table.add_row(*row)
         if rows:
             console.print(table)
+            console.print(pages.LEGENDS[columns], highlight=False)
     for line in grown:
         what = "bytes of a rank" if line.quantity == RANKS else "time"
         console.print(

@@ -33,6 +33,13 @@ COLUMNS = (
     "planned / it",
 )
 
+LEGENDS = {
+    COLUMNS: "ours / it: our step over this one's, median (and quartiles) of the rounds; below 1 ours is faster. "
+    "roofline: share of a step that the bare products take. planned / it: what --plan foresees over what was measured.",
+    SENT_COLUMNS: "sent by a rank: mean over the ranks. ours / it: our bytes over this one's; below 1 ours sends less.",
+}
+"""What stands under each table on a terminal."""
+
 
 def machine(device: str, threads: int) -> dict[str, str]:
     """What the numbers depend on."""

@@ -153,6 +153,7 @@ def plan(
     what = "Optimizer step and averages of gradients" if gradients else "Optimizer step"
     title = f"{built.name} ({built.size / 1e9:.3g}B parameters) on {'x'.join(map(str, sizes))} ({', '.join(names)})"
     console.print(_table(f"{what}, {title}", done, names))
+    console.print(LEGEND, highlight=False)
     console.print(f"{hardware.name}; {hardware.source}", highlight=False)
     if stopwatch is not None and stopwatch.priced:
         priced, timed = len(stopwatch.priced), len(stopwatch.known)
@@ -182,6 +183,12 @@ def plan(
             "latency": list(hardware.latency),
         }
         write_whole(json_file, json_bytes(about | {"optimizers": rows}))
+
+
+LEGEND = (
+    "compute: products and passes through memory; links: bytes between ranks; in turn: one after the other; "
+    "overlapped: at once, the longer of the two; of Muon's: times in turn."
+)
 
 
 def _sizes(mesh: str) -> tuple[int, ...]:

@@ -26,6 +26,7 @@ def test_the_command_measures_in_pairs(tmp_path: Path) -> None:
     arguments = ["--algorithm", "adamw", "--shape", "2x16x24", "--rounds", "2", "--json", str(numbers)]
     result = CliRunner().invoke(app, ["bench", *arguments, "--page", str(page)])
     assert result.exit_code == 0, result.output
+    assert "ours / it: our step over this one's, median (and quartiles) of the rounds" in result.output
     ours, unchecked, peer = json.loads(numbers.read_text())["steps"]
     assert [e["name"] for e in (ours, unchecked, peer)] == [OURS, UNCHECKED, "torch.optim.AdamW(fused)"]
     assert len(ours["steps"]) == len(peer["steps"]) == 2

@@ -262,6 +262,7 @@ def test_the_command(tmp_path: Path) -> None:
         app, [*arguments, *("--optimizer", "adamw"), *("--optimizer", "muon"), *("--optimizer", "dion:1/4")]
     )
     assert result.exit_code == 0, result.output
+    assert "in turn: one after the other; overlapped: at once" in " ".join(result.output.split())
     rows = json.loads(numbers.read_text())["optimizers"]
     assert [row["optimizer"] for row in rows] == ["AdamW", "Muon", "Dion 1/4"]
     assert rows[0]["bytes"] == {"fsdp": {}, "tp": {}}
