@@ -102,6 +102,20 @@ def test_ranks_may_be_threads_and_the_command_says_so(tmp_path: Path) -> None:
     ), out
 
 
+def test_the_backend_is_that_of_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def ran(*_: Any, **options: Any) -> list[str]:
+        asked.append(options["backend"])
+        return ["verdict"]
+
+    _claims(monkeypatch)
+    monkeypatch.setattr("conformance.port.meshes.run_meshes", ran)
+    for backend in (None, "threads"):
+        plugin._on_ranks(config(level="L4", backend=backend), "L4/muon/dion/2-S0", "float64")
+    assert asked == [None, "threads"]
+
+
 def test_what_a_failing_port_follows_is_said_at_the_end() -> None:
     options = ("--port", "tests.port.ports:mislabelled", "--port-dtype", "float32")
     options += ("--port-case", "L?/muon/torch/13x10*")
