@@ -110,11 +110,11 @@ class Measured:
                 found[seed] = steps
         return found
 
-    def ratios(self, study: str, label: str) -> dict[int, float]:
-        """Steps over AdamW's, seed by seed; infinite where the rule never reached its loss."""
-        own, reference = self.steps(study, label), self.steps(study, "AdamW")
-        both = [seed for seed in own if math.isfinite(reference.get(seed, math.inf))]
-        return {seed: own[seed] / reference[seed] for seed in both}
+    def ratios(self, study: str, label: str, reference: str = "AdamW") -> dict[int, float]:
+        """Steps over those of `reference`, seed by seed; infinite where the rule never reached AdamW's loss."""
+        own, theirs = self.steps(study, label), self.steps(study, reference)
+        both = [seed for seed in own if math.isfinite(theirs.get(seed, math.inf))]
+        return {seed: own[seed] / theirs[seed] for seed in both}
 
     def studies(self, *kinds: str) -> list[str]:
         """Names of the studies of these kinds, in the order in which they were done."""
@@ -307,21 +307,20 @@ def _of_contenders(measured: Measured) -> list[Verdict]:
     for reference in [label for label in labels if label not in own and label != "AdamW"]:
         claim = f"fewer steps than {reference} to AdamW's loss"
         for study in measured.studies("batch", "vision"):
-            theirs = measured.steps(study, reference)
             for label in own:
-                mine = measured.steps(study, label)
-                seeds = [seed for seed in mine if math.isfinite(theirs.get(seed, math.inf))]
-                if len(seeds) < 2:
+                ratios = measured.ratios(study, label, reference)
+                if len(ratios) < 2:
                     continue
-                verdict, _ = smaller(mine, theirs)
-                ratio = interval([mine[seed] / theirs[seed] for seed in seeds])
-                sizes = ratio.mean, ratio.low, ratio.high
+                verdict, _ = smaller(measured.steps(study, label), measured.steps(study, reference))
+                ratio = interval(list(ratios.values()))
                 made.append(
                     Verdict(
                         f"{claim}: {label}",
                         measured.setting(study),
                         verdict,
-                        *sizes,
+                        ratio.mean,
+                        ratio.low,
+                        ratio.high,
                         f"x {reference}'s steps",
                     )
                 )

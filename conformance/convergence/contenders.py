@@ -86,6 +86,7 @@ class ContenderPort:
     def driver(self, algorithm: str, parameters: Mapping[str, Tensor], hyper: Mapping[str, Any]) -> Driver:
         """See `drivers.Port`."""
         text = algorithm.partition(MARK)[0]
+        settings = settings_of(text)
         own = {name: torch.nn.Parameter(tensor) for name, tensor in parameters.items()}  # of the same memory
-        taken = {name: value for name, value in hyper.items() if name in settings_of(text)}
+        taken = {name: value for name, value in hyper.items() if name in settings}
         return OptimizerDriver(named_function("contender", text)(list(own.items()), **taken), own)

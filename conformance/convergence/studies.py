@@ -68,7 +68,7 @@ def contender(text: str) -> Entry:
     if label in ENTRIES:
         raise ValueError(f"contender {text!r}: a rule of the sweep is called {label}; rename the function")
     begins = {"mu": MU[1], "betas": dict(ENTRIES["AdamW"].hyper)["betas"]}
-    hyper = {name: begins[name] for name in begins if name in settings_of(text)}
+    hyper = {name: begins[name] for name in settings_of(text) if name in begins}
     return Entry(label, algorithm_of(text, hyper), tuple(sorted(hyper.items())))
 
 

@@ -51,10 +51,10 @@ def check_only(
     Raises:
         SelectionError: names the pattern and the levels, and whether it is the port that claims no such case.
     """
-    every = _every(vectors, selection.levels) if selection.only else []
     for pattern in selection.only:
         if listed(claims, vectors, replace(selection, only=(pattern,)), ranks):
             continue
+        every = _every(vectors, selection.levels)
         dtypes = f" in {', '.join(selection.dtypes)}" if selection.dtypes else ""
         where = f"of {', '.join(selection.levels)}{dtypes}"
         if any(matches(case, dtype, pattern) for case in every for dtype in selection.dtypes or DTYPES):
