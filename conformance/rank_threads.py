@@ -112,9 +112,8 @@ def _on_rank(function: Callable[[], Result], rank: int, ranks: int, store: Store
     try:
         return function()
     finally:
-        if (
-            threaded.dist.distributed_c10d._world is world
-        ):  # else it comes too late, and would end another's group
+        # One that comes too late would end another's group.
+        if threaded.dist.distributed_c10d._world is world:
             dist.destroy_process_group()
 
 
