@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
-import torch
-
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.exchange import forget
 from dion_dtensor.gradients import agreed
@@ -34,7 +32,7 @@ def undone_on_failure(buckets: Sequence[Bucket]) -> Iterator[None]:
     try:
         yield
         try:
-            agreed(torch.zeros(1, device="cpu"), members)
+            agreed([0], members)
         except RuntimeError as error:
             raise RuntimeError(
                 f"this step was undone: the ranks could not agree that it is done; has a rank died? ({error})"

@@ -15,6 +15,7 @@ from torch import Tensor
 from dion_dtensor import updates
 from dion_dtensor.assembly import agreed_maximum, averaged, scattered
 from dion_dtensor.captured import Recorder, joined
+from dion_dtensor.fake import is_fake
 from dion_dtensor.members import Member, StateForm, initial_entries, scale_entries, state_forms
 from dion_dtensor.paths import chosen_path, path_of
 from dion_dtensor.planning import Choice
@@ -198,7 +199,8 @@ class Bucket:
             return self._step(members, grads, None)
         counts: dict[float, list[int]] = {}
         for index, member in enumerate(members):
-            counts.setdefault(float(member.views["step"]) + 1, []).append(index)
+            step = member.views["step"]
+            counts.setdefault(1 if is_fake(step) else float(step) + 1, []).append(index)
         for count, indices in counts.items():  # one turn, unless some member was skipped before
             self._step([members[i] for i in indices], [grads[i] for i in indices], count)
             for index in indices:
@@ -298,8 +300,9 @@ class Bucket:
         """Whether weights decay as they change: on other devices that would wait for the decay's value."""
         # Eagerly never, as in `_fused`.
         fits = self.compile and self.device.type == "cpu" and not self.group["cautious"]
-        dtype = self.members[0].layout.dtype
-        return fits and torch.promote_types(dtype, torch.float32) == dtype
+        first = self.members[0]
+        wide = torch.promote_types(first.layout.dtype, torch.float32) == first.layout.dtype
+        return fits and wide and not is_fake(first.parameter)
 
     def _apply(self, members: Sequence[Member], changes: Sequence[Tensor], decay: Tensor) -> None:
         """``W <- decay * W + change``; cautious decay only where the change shrinks the weight."""

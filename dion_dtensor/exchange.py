@@ -21,6 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 from torch.fx.node import has_side_effect
 
+from dion_dtensor.fake import with_real_tensors
 from dion_dtensor.layout import owners
 from dion_dtensor.placements import axes_sharding, constant
 
@@ -94,6 +95,7 @@ _known: dict[object, int] = {}
 
 
 @constant
+@with_real_tensors()
 def route(mesh: DeviceMesh, placements: tuple[Placement, ...], rows: int, split: tuple[int, ...]) -> int:
     """The number of the route for stacks ``[N, rows, n]`` with ``placements``; an operator takes no other handle.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor, Partial, Replicate
 
 from dion_dtensor.assembly import agreed_maximum, local_of, own_shard
 from dion_dtensor.buckets import Bucket
+from dion_dtensor.fake import is_fake, with_real_tensors
 from dion_dtensor.layout import StorageLayout, has_partial
 from dion_dtensor.members import Member
 
@@ -102,15 +104,15 @@ def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]
     turns = [bucket.recorder.turns for bucket in recording if bucket.recorder is not None]
     flags = [*moved, *turns, *(-turn for turn in turns)]
     try:
-        found = agreed(torch.tensor([*mine, *(-code for code in mine), *flags], device="cpu"), members)
+        found = agreed([*mine, *(-code for code in mine), *flags], members)
     except RuntimeError as error:
         raise RuntimeError(
             "no parameter was changed by this step: the ranks could not agree on the gradients; has a rank died? "
             f"({error})"
         ) from error
-    count = len(members)
-    largest, smallest = found[:count], [-code for code in found[count : 2 * count]]
-    of_buckets = torch.tensor(found[2 * count :], device="cpu").view(3, len(recording)).tolist()
+    rest = iter(found)
+    largest, smallest = list(islice(rest, len(members))), [-code for code in islice(rest, len(members))]
+    of_buckets = [list(islice(rest, len(recording))) for _ in range(3)]
     for bucket, anywhere, most, least in zip(recording, *of_buckets, strict=True):
         if bucket.recorder is not None and (anywhere or most != -least):
             bucket.recorder.forget()
@@ -151,17 +153,21 @@ def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]
     return texts if more <= 0 else [*texts[:MOST_NAMED], f"  and {more} more"]
 
 
-def agreed(values: Tensor, members: Sequence[Member]) -> list[float]:
-    """The elementwise maximum of plain ``values`` over the ranks of all of ``members``, the same on each.
+def agreed(own: Sequence[int], members: Sequence[Member]) -> list[int]:
+    """The elementwise maximum of ``own`` over the ranks of all of ``members``, the same on each.
+
+    Of fake parameters it is ``own``: there are no other ranks.
 
     Raises:
         RuntimeError: a rank did not take part.
     """
-    meshes = _meshes(members)
+    if any(is_fake(member.parameter) for member in members):
+        return list(own)
+    meshes, values = _meshes(members), torch.tensor(own, device="cpu")
     # Parameters may lie on several meshes: what one of them learns is carried to the ranks of the next.
     for mesh in meshes * len(meshes):
         values = agreed_maximum(values.to(mesh.device_type), mesh)
-    found: list[float] = values.tolist()
+    found: list[int] = values.tolist()
     return found
 
 
@@ -200,6 +206,8 @@ def _codes(members: Sequence[Member]) -> list[int]:
 
 def _finite(grads: Sequence[Tensor]) -> list[bool]:
     """Whether all values are finite, of each of some tensors of one dtype on one device."""
+    if is_fake(grads[0]):
+        return [True] * len(grads)
     return by_extremes(grads) if grads[0].device.type == "cpu" else by_norms(grads)
 
 
@@ -250,6 +258,7 @@ def _layout_code(member: Member) -> int:
     return FINE
 
 
+@with_real_tensors()
 def _same_ranks(mesh: DeviceMesh, layout: StorageLayout, hidden: int) -> bool:
     """Whether the axes of ``layout`` after the ``hidden`` ones are those of ``mesh``."""
     assert layout.mesh is not None

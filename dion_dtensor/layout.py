@@ -16,6 +16,8 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
 from torch.distributed.tensor.placement_types import _StridedShard
 
+from dion_dtensor.fake import with_real_tensors
+
 __all__ = [
     "StorageLayout",
     "compute_placements",
@@ -200,6 +202,7 @@ def joined(first: DeviceMesh, second: DeviceMesh) -> DeviceMesh:
 
 
 @functools.cache
+@with_real_tensors()
 def owners(
     size: int, sizes: tuple[int, ...], placements: tuple[Placement, ...]
 ) -> dict[tuple[int, ...], list[int]]:

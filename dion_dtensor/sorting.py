@@ -9,6 +9,7 @@ import torch
 
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.captured import Memory, recorder_on
+from dion_dtensor.fake import is_fake
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.members import Member
 from dion_dtensor.rules import Rule
@@ -51,7 +52,9 @@ def make_buckets(
             momentum_dtype=options["momentum_dtype"],
             compute_dtype=_compute_dtype(some[0].layout, options["compute_dtype"]),
             compile=options["compile"],
-            recorder=recorder_on(some[0].layout.device, memory, sum(map(_bytes, some))),
+            recorder=None
+            if is_fake(some[0].parameter)
+            else recorder_on(some[0].layout.device, memory, sum(map(_bytes, some))),
         )
         for same in sorted_.values()
         for some in _chunks(same, options["max_bucket_bytes"])

@@ -8,6 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Placement
 
 from dion_dtensor import placements as algebra
+from dion_dtensor.fake import with_real_tensors
 from dion_dtensor.layout import owners
 from dion_dtensor.matrices import by_rows
 from dion_dtensor.split_text import parse_split
@@ -75,6 +76,7 @@ def rows_here(
     return tuple((tuple(matrices), height, _span(rows)) for height, (matrices, rows) in groups.items())
 
 
+@with_real_tensors()
 def _matrices(split: str, height: int) -> list[list[int]]:
     """The rows of each matrix."""
     parsed = parse_split(split)

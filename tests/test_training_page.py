@@ -56,6 +56,7 @@ def test_every_script_is_run_here() -> None:
         "train_hf_fsdp.py",
         "titan.py",
         "my_rules.py",
+        "memory.py",
     }
     assert len(SAMPLES) > 5
 
