@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import Shard
 
-from dion_dtensor.layout import owners, shard_dim
+from dion_dtensor.layout import owners, shard_dim, shares
 from dion_dtensor.placements import Placements, constant
 
 __all__ = ["exchanges", "start_exchange"]
@@ -39,30 +39,31 @@ def start_exchange(
         mesh: of both.
         axis: the one on which they differ.
         before, after: one shards the stack's own dim on ``axis``, the other one another dim.
-        shape: of the stack; the ranks of ``axis`` divide its own dim.
+        shape: of the stack; its first dim is what the ranks of ``axis`` have together, by :func:`shares`.
     """
     dim, gathers, runs, lengths, own, group = _route(mesh, axis, before, after, shape)
-    ranks = len(lengths)
-    whole = (local.shape[0] // ranks if gathers else local.shape[0], *local.shape[1:])
+    ranks, count = len(lengths), shape[0]
+    each = shares(count, ranks)
 
-    def block(length: int) -> list[int]:
-        return [length if index == dim else size for index, size in enumerate(whole)]
+    def block(matrices: int, length: int) -> list[int]:
+        return [matrices, *(length if index == dim else local.shape[index] for index in range(1, local.ndim))]
 
-    mine = math.prod(block(lengths[own]))
-    theirs = [math.prod(block(length)) for length in lengths]
+    shards_of = [math.prod(block(matrices, lengths[own])) for matrices in each]
+    parts_of = [math.prod(block(each[own], length)) for length in lengths]
     if gathers:
-        sent, counts, expected = local.contiguous().view(-1), [mine] * ranks, theirs
+        sent, counts, expected = local.contiguous().view(-1), shards_of, parts_of
     else:
-        sent, counts, expected = _by_rank(local, dim, runs, ranks), theirs, [mine] * ranks
+        sent, counts, expected = _by_rank(local, dim, runs, ranks), parts_of, shards_of
     flying = torch.ops._c10d_functional.all_to_all_single(sent, expected, counts, group)
 
     def finish() -> Tensor:
         received = torch.ops._c10d_functional.wait_tensor(flying)
         if not gathers:
-            shards: Tensor = received.view(ranks * whole[0], *block(lengths[own])[1:])
-            return shards
+            stack: Tensor = received.view(block(count, lengths[own]))
+            return stack
         parts = [
-            part.view(block(n)) for part, n in zip(torch.split(received, expected), lengths, strict=True)
+            part.view(block(each[own], n))
+            for part, n in zip(torch.split(received, expected), lengths, strict=True)
         ]
         return _merged(parts, dim, runs)
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard
+from torch.distributed.tensor import DTensor, Partial, Placement, Replicate
 
 from dion_dtensor import placements as algebra
 from dion_dtensor.layout import StorageLayout, contiguous_stride, has_partial
@@ -35,7 +35,6 @@ __all__ = [
     "placed",
     "product",
     "reduced",
-    "relaid",
     "scattered",
     "shards",
     "transposed",
@@ -73,21 +72,6 @@ def averaged(local: Tensor, layout: StorageLayout, axes: Sequence[int]) -> Tenso
     assert layout.mesh is not None
     pending = [Partial("avg") if axis in axes else Replicate() for axis in range(layout.mesh.ndim)]
     return local_of(reduced(from_local(local, layout.mesh, pending, tuple(local.shape))))
-
-
-def relaid(
-    local: Tensor, mesh: DeviceMesh, before: Sequence[int], after: Sequence[int], shape: tuple[int, ...]
-) -> Tensor:
-    """A plain stack that the axes ``before`` split along dim 0, split by the axes ``after`` instead."""
-
-    def split(axes: Sequence[int]) -> list[Placement]:
-        return [Shard(0) if axis in axes else Replicate() for axis in range(mesh.ndim)]
-
-    stack, left = from_local(local, mesh, split(before), shape), sorted(before)
-    while left and left != sorted(after)[: len(left)]:  # the inner one first
-        left.pop()
-        stack = stack.redistribute(placements=split(left))
-    return stack.redistribute(placements=split(after)).to_local()
 
 
 def placed(values: Tensor, mesh: DeviceMesh, placements: Sequence[Placement]) -> Tensor:

@@ -14,8 +14,9 @@ from torch.distributed.tensor import DTensor
 
 from dion_dtensor import placements as algebra
 from dion_dtensor.assembly import from_local, on_all_ranks
-from dion_dtensor.exchange import finish_rows, on_host, route, start_fetch, start_return
+from dion_dtensor.exchange import finish_rows, on_host, start_fetch, start_return
 from dion_dtensor.matrices import Split
+from dion_dtensor.routes import route
 from dion_dtensor.selection import sharing
 from dion_dtensor.spans import index_of, rows_here
 
@@ -73,7 +74,7 @@ def brought(
     mesh, local, placements = stack.device_mesh, stack.to_local(), stack.placements
     turned = algebra.of_transposed(placements)
     count, k = len(local), chosen.shape[2]
-    split_axes, ranks = sharing(mesh, turned, count)
+    split_axes, ranks, _ = sharing(mesh, turned, count)
     padded = count + -count % ranks
     number = route(mesh, turned, stack.shape[2], split_axes)
     every, tokens = [], []
@@ -89,7 +90,7 @@ def brought(
     values = local.new_zeros(padded // ranks, local.shape[1], k)
     for some, token in zip(every, tokens, strict=True):
         shape = (padded // ranks * some.number, k, some.height)
-        values[:, some.rows] = _by_parameter(finish_rows([token], shape, local.dtype, chain), some)
+        values[:, some.rows] = _by_parameter(finish_rows([token], shape, local.dtype, chain)[0], some)
     lies = algebra.of_transposed(algebra.of_exchanged(turned, split_axes))
     total = on_all_ranks(padded // ranks, mesh, algebra.axes_sharding(lies, 0))
     shape = (total, stack.shape[1], k)
@@ -109,7 +110,7 @@ def taken_back(values: Tensor, flight: Flight, chain: list[Tensor]) -> DTensor:
     result = made.new_zeros(local.shape)
     for some, token in zip(flight.every, tokens, strict=True):
         shape = (len(local) * some.number, local.shape[2], some.height)
-        result[:, some.rows] = _by_parameter(finish_rows([token], shape, made.dtype, chain), some)
+        result[:, some.rows] = _by_parameter(finish_rows([token], shape, made.dtype, chain)[0], some)
     return from_local(result, stack.device_mesh, stack.placements, tuple(stack.shape))
 
 

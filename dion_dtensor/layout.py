@@ -27,6 +27,7 @@ __all__ = [
     "move_shard",
     "owners",
     "shard_dim",
+    "shares",
     "sharing_axes",
 ]
 
@@ -293,28 +294,41 @@ def compute_placements(
 
     An axis that shards the stack's own dim stays as it is: its ranks hold different matrices already.
 
-    An axis splits the stack as long as padding the stack at most doubles it; a longer axis would move and compute
-    more zeros than matrices, so there every rank assembles (or keeps) the matrices and repeats the work.  A pure
-    function of the mesh, the placements and ``count``: all ranks decide alike.
+    See :func:`sharing_axes`; along the other axes every rank assembles (or keeps) the matrices and repeats the work.  A
+    pure function of the mesh, the placements and ``count``: all ranks decide alike.
     """
     # Sharded axes first: they must communicate anyway, and splitting the stack spares them the larger all-gather.
     axes = sorted(
         (axis for axis in range(mesh.ndim) if shard_dim(placements[axis]) != 0),
         key=lambda axis: isinstance(placements[axis], Replicate),
     )
-    split, ranks = sharing_axes(mesh, axes, count)
+    split, ranks = sharing_axes(mesh, placements, axes, count)
     return tuple(Shard(0) if axis in split else Replicate() for axis in range(mesh.ndim)), ranks
 
 
-def sharing_axes(mesh: DeviceMesh, axes: Sequence[int], count: int) -> tuple[tuple[int, ...], int]:
-    """Those of ``axes`` whose ranks share ``count`` matrices, and how many ranks that makes."""
+def sharing_axes(
+    mesh: DeviceMesh, placements: Sequence[Placement], axes: Sequence[int], count: int
+) -> tuple[tuple[int, ...], int]:
+    """Those of ``axes`` whose ranks share ``count`` matrices, and how many ranks that makes.
+
+    The ranks of an axis that shards matrices always do if there are two: shards travel in any case, and to one rank
+    fewer bytes than to all.  Of copies and sums, whose way back (or there) is a collective of equal blocks, only as
+    long as padding at most doubles them.
+    """
     split, ranks = [], 1
     for axis in axes:
         size, remaining = mesh.size(axis), -(-count // ranks)
-        if remaining > 1 and -(-remaining // size) * size <= 2 * remaining:
+        travels = shard_dim(placements[axis]) is not None
+        if remaining > 1 and (travels or -(-remaining // size) * size <= 2 * remaining):
             split.append(axis)
             ranks *= size
     return tuple(split), ranks
+
+
+def shares(count: int, ranks: int) -> list[int]:
+    """How many of ``count`` matrices each of some ranks works on; as DTensor cuts a dim."""
+    block = -(-count // ranks)
+    return [min(max(count - rank * block, 0), block) for rank in range(ranks)]
 
 
 def has_partial(placements: Sequence[Placement]) -> bool:

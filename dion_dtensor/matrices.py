@@ -163,14 +163,15 @@ class InterleavedRows:
 
     def split(self, stack: Tensor) -> list[Tensor]:
         """Copies where the blocks of a kind are one matrix."""
-        grouped = stack.reshape(len(stack), self.groups, -1, stack.shape[2])
+        grouped = stack.reshape(len(stack), self.groups, sum(self.sizes), stack.shape[2])
         blocks = torch.split(grouped, list(self.sizes), dim=2)
         return [block.flatten(0, 1) if self.stacked else block.flatten(1, 2) for block in blocks]
 
     def merge(self, stacks: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
         """The rows interleaved again."""
         count = len(stacks[0]) // self.groups if self.stacked else len(stacks[0])
-        blocks = [stack.reshape(count, self.groups, -1, stack.shape[2]) for stack in stacks]
+        pairs = zip(stacks, self.sizes, strict=True)
+        blocks = [stack.reshape(count, self.groups, size, stack.shape[2]) for stack, size in pairs]
         return torch.cat(blocks, dim=2).flatten(1, 2)
 
 

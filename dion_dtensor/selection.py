@@ -22,11 +22,11 @@ from dion_dtensor.assembly import (
     local_of,
     on_all_ranks,
     placed,
-    relaid,
     whole_dim,
 )
-from dion_dtensor.exchange import finish_rows, on_host, route, start_fetch, start_return
+from dion_dtensor.exchange import finish_rows, on_host, start_fetch, start_return
 from dion_dtensor.layout import sharing_axes
+from dion_dtensor.routes import route
 from dion_dtensor.whole_matrices import in_turns, on_whole_matrices
 
 __all__ = [
@@ -211,77 +211,78 @@ def on_rows(
     Returns:
         ``[N, m, n]``, zero but for the chosen rows; with ``states`` a tuple, with each of them changed in these rows.
     """
-    if isinstance(stack, DTensor):
-        result = _on_shards(function, stack, chosen, states, assemble, [] if chain is None else chain)
+    if isinstance(stack, DTensor) and algebra.axes_sharding(stack.placements, 1) and not assemble:
+        result = _exchanged(function, stack, chosen, states, [] if chain is None else chain)
     else:
-        result = function(_rows(stack, chosen), *(_rows(state, chosen) for state in states))
-        result = result if isinstance(result, tuple) else (result,)
-        result = (_spread(result[0], chosen, stack), *result[1:])
-    changed = [_replaced(state, value, chosen) for state, value in zip(states, result[1:], strict=True)]
-    return (result[0], *changed) if changed else result[0]
+        direction, *new = _assembled(function, stack, chosen, states)
+        pairs = zip(states, new, strict=True)
+        result = (direction, *(_replaced(state, values, chosen) for state, values in pairs))
+    return result if states else result[0]
 
 
-def _on_shards(
-    function: Callable[..., Any],
-    stack: DTensor,
-    chosen: Tensor,
-    states: tuple[Tensor, ...],
-    assemble: bool,
-    chain: list[Tensor],
+def _assembled(
+    function: Callable[..., Any], stack: Tensor, chosen: Tensor, states: tuple[Tensor, ...]
 ) -> tuple[Tensor, ...]:
     """The directions as ``stack`` lies, and the new values ``[N, k, 1]`` of the states on every rank."""
-    whole = [local_of(whole_dim(state, 1)) for state in states]
-    if algebra.axes_sharding(stack.placements, 1) and not assemble:
-        return _exchanged(function, stack, chosen, whole, chain)
-    rows = _rows(local_of(whole_dim(stack, 1)), chosen)
-    placements = algebra.of_exchanged(stack.placements, ())
-    values, *new = _worked(function, rows, [_rows(state, chosen) for state in whole], stack, placements)
-    return _spread(values, chosen, stack), *new
+    rows, *values = (_rows(local_of(whole_dim(one, 1)), chosen) for one in (stack, *states))
+    if isinstance(stack, DTensor):
+        new = _worked(function, rows, values, stack, algebra.of_exchanged(stack.placements, ()))
+    else:
+        made = function(rows, *values)
+        new = list(made) if isinstance(made, tuple) else [made]
+    return _spread(new[0], chosen, stack), *new[1:]
 
 
 def _exchanged(
     function: Callable[..., Any],
     stack: DTensor,
     chosen: Tensor,
-    states: list[Tensor],
+    states: tuple[Tensor, ...],
     chain: list[Tensor],
 ) -> tuple[Tensor, ...]:
     """Where rows are sharded: the chosen ones alone travel, in two turns where that is much, as whole matrices do.
 
-    What is started, waited for and gathered is chained, so that its order is the same on every rank.
+    Their states go along.  What is started, waited for and gathered is chained, so that its order is the same on every
+    rank.
     """
     mesh, storage, local = stack.device_mesh, stack.placements, stack.to_local()
     count, k = chosen.shape
-    split, ranks = sharing(mesh, storage, count)
+    split, ranks, in_all = sharing(mesh, storage, count)
     placements = algebra.of_exchanged(storage, split)
     number = route(mesh, storage, stack.shape[1], split)
-    padded = in_turns(stack, k, ranks, count + -count % ranks)
-    lengths = [*padded[:-1], count - sum(padded[:-1])]
-    stacks, choices = torch.split(local, lengths), torch.split(chosen, lengths)
-    here = torch.split(on_host(chosen), lengths)
-    own = [torch.split(state, lengths) for state in states]
-    last, leaving, returning = [*states, *map(local_of, chain)], [], []
+    lengths = in_turns(stack, k, in_all, count)
+    padded = [length + -length % ranks for length in lengths]
+    stacks, here = torch.split(local, lengths), torch.split(on_host(chosen), lengths)
+    beside = _beside([local_of(state) for state in states])
+    with_rows = [None] * len(lengths) if beside is None else torch.split(beside, lengths)
+    what: tuple[Any, ...] = (0, None) if beside is None else (beside.shape[-1], beside.dtype)
+    last, leaving, returning = [local_of(one) for one in chain], [], []
     for turn, matrices in enumerate(padded):
-        leaving.append(start_fetch(stacks[turn], here[turn], number, matrices, last))
+        leaving.append(start_fetch(stacks[turn], here[turn], number, matrices, last, with_rows[turn]))
         last = [leaving[turn]]
-    changed: list[list[Tensor]] = [[] for _ in states]
     for turn, matrices in enumerate(padded):
-        rows = finish_rows([leaving[turn]], (matrices // ranks, k, local.shape[2]), local.dtype, last)
-        values_of = [_own_block(_rows(state[turn], choices[turn]), mesh, split, matrices) for state in own]
-        values, *new = _worked(function, rows, values_of, stack, placements)
-        new = [_all_blocks(one, mesh, split)[: lengths[turn]] for one in new]
-        for so_far, one in zip(changed, new, strict=True):
-            so_far.append(one)
-        after = [*new, *last]
-        returning.append(start_return(values, here[turn], number, matrices, sum(lengths[:turn]), after))
+        shape = (matrices // ranks, k, local.shape[2])
+        rows, *came = finish_rows([leaving[turn]], shape, local.dtype, last, *what)
+        values, *new = _worked(function, rows, _apart(came), stack, placements)
+        before = sum(lengths[:turn])
+        returning.append(start_return(values, here[turn], number, matrices, before, last, _beside(new)))
         last = [returning[turn]]
-    back = finish_rows(returning, (count, *local.shape[1:]), values.dtype, last)
+    back, *came = finish_rows(returning, (count, *local.shape[1:]), values.dtype, last, *what)
     chain[:] = last
-    return from_local(back, mesh, storage, tuple(stack.shape)), *map(_joined, changed)
+    changed = [_changed(state, values, chosen) for state, values in zip(states, _apart(came), strict=True)]
+    return from_local(back, mesh, storage, tuple(stack.shape)), *changed
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+def _beside(values: Sequence[Tensor]) -> Tensor | None:
+    """Of some values of each row ``[..., 1]`` one tensor."""
+    if len(values) < 2:
+        return values[0] if values else None
+    return torch.cat(list(values), dim=-1)
+
+
+def _apart(found: Sequence[Tensor]) -> list[Tensor]:
+    """The inverse of :func:`_beside`."""
+    return [values for one in found for values in torch.split(one, 1, dim=-1)]
 
 
 def _worked(
@@ -300,22 +301,22 @@ def _worked(
     return [one.to_local() for one in (result if isinstance(result, tuple) else (result,))]
 
 
-def sharing(mesh: DeviceMesh, storage: tuple[Placement, ...], count: int) -> tuple[tuple[int, ...], int]:
+def sharing(mesh: DeviceMesh, storage: tuple[Placement, ...], count: int) -> tuple[tuple[int, ...], int, int]:
     """The axes, of those that shard rows or hold copies, whose ranks share ``count`` matrices before rows are sent.
 
-    And how many ranks that makes.
+    And how many ranks that makes, and how many share them once columns have been assembled as well.
 
     Axes that shard columns come before copies: a copy that does not share costs work, such an axis an all-gather.
     """
     columns = algebra.axes_sharding(storage, 2)
     order = (*algebra.axes_sharding(storage, 1), *columns, *algebra.axes_holding_copies(storage))
-    chosen, _ = sharing_axes(mesh, order, count)
+    chosen, in_all = sharing_axes(mesh, storage, order, count)
     split, ranks = [], 1
     for axis in range(mesh.ndim):  # a plain loop, which Dynamo can trace
         if axis in chosen and axis not in columns:
             split.append(axis)
             ranks *= mesh.size(axis)
-    return tuple(split), ranks
+    return tuple(split), ranks, in_all
 
 
 def _rows(stack: Tensor, chosen: Tensor) -> Tensor:
@@ -354,17 +355,7 @@ def _replaced(state: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
     return elementwise(replaced, state)
 
 
-def _own_block(values: Tensor, mesh: DeviceMesh, split: tuple[int, ...], padded: int) -> Tensor:
-    """Of ``values`` ``[N, ...]`` that every rank holds, those of the matrices that this rank works on."""
-    if not split:
-        return values
-    values = torch.cat((values, values.new_zeros(padded - values.shape[0], *values.shape[1:])))
-    return relaid(values, mesh, (), split, tuple(values.shape))
-
-
-def _all_blocks(values: Tensor, mesh: DeviceMesh, split: tuple[int, ...]) -> Tensor:
-    """The way back of :func:`_own_block`."""
-    if not split:
-        return values
-    shape = (on_all_ranks(len(values), mesh, split), *values.shape[1:])
-    return relaid(values, mesh, split, (), shape)
+def _changed(state: Tensor, values: Tensor, chosen: Tensor) -> Tensor:
+    """``state`` ``[N, m, 1]`` with this rank's new ``values`` in the chosen rows of those that it holds."""
+    slots = _slots(state, chosen)
+    return elementwise(lambda shard: torch.where(slots >= 0, values, shard), state)

@@ -17,7 +17,8 @@ from torch.distributed.tensor import DTensor, Placement, Shard
 from dion_dtensor import placements as algebra
 from dion_dtensor.alltoall import exchanges, start_exchange
 from dion_dtensor.assembly import from_local
-from dion_dtensor.layout import compute_placements, shard_dim
+from dion_dtensor.layout import compute_placements, shard_dim, shares
+from dion_dtensor.placements import constant
 
 __all__ = ["in_turns", "on_whole_matrices"]
 
@@ -38,8 +39,8 @@ def on_whole_matrices(
     Args:
         function: maps a stack of whole matrices ``[k, m, n]`` (and the matching slices of ``others``) to a stack
             ``[k, m, n]``, or to a tuple of which each stack has the shape of the argument in its place (see
-            ``likes``), each matrix by itself; it sees plain tensors and any ``k`` (also zero matrices), and may be
-            called more than once.
+            ``likes``), each matrix by itself; it sees plain tensors and any ``k``, also none where there are fewer
+            matrices than ranks, and may be called more than once.
         stack: ``[N, m, n]``, a tensor or a DTensor of any placements; an axis may be ``Partial``, and one that shards
             the stack's own dim holds different matrices, which stay where they are.
         others: further stacks ``[N, ...]`` on the same mesh.
@@ -54,15 +55,14 @@ def on_whole_matrices(
     mesh, arguments = stack.device_mesh, (stack, *others)
     count = stack.to_local().shape[0]
     target, ranks = compute_placements(mesh, stack.placements, count)
-    padding = -count % ranks
     # One order for all, since it says which rank works on which matrix.
     order = algebra.order_of_moves(algebra.of_apart(stack.placements), target, mesh)
     stays = not algebra.moves(algebra.of_apart(stack.placements), target, order)
-    turns = [count] if stays else in_turns(stack, stack.shape[1], ranks, count + padding)
+    turns = [count] if stays else in_turns(stack, stack.shape[1], ranks, count)
 
     def away(tensor: Tensor) -> list[Flying]:
         assert isinstance(tensor, DTensor)
-        locals_ = torch.split(_padded(tensor.to_local(), padding), turns)
+        locals_ = torch.split(tensor.to_local(), turns)
         ways = [_way(tensor, target, order, size) for size in turns]
         return _sent([_here(local) for local in locals_], mesh, ways)
 
@@ -89,28 +89,29 @@ def on_whole_matrices(
         like = arguments[index]
         assert isinstance(like, DTensor)
         placements = algebra.of_reduced(like.placements)
-        whole.append(from_local(local[:count], mesh, placements, tuple(like.shape)))
+        whole.append(from_local(local, mesh, placements, tuple(like.shape)))
     return whole[0] if alone else tuple(whole)
 
 
 def in_turns(stack: DTensor, rows: int, ranks: int, count: int) -> list[int]:
-    """How many matrices go together, the same on every rank; ``ranks`` divides each number.
+    """How many matrices go together, the same on every rank; ``ranks`` divides all but the last number.
 
     Args:
         stack: ``[N, m, n]``.
         rows: how many of each matrix travel.
         ranks: among which the matrices are shared.
-        count: matrices, a multiple of ``ranks``.
+        count: matrices.
     """
     # Not of the local shard, since shards may be uneven.
     size = stack.numel() * rows // max(stack.shape[1], 1) * stack.element_size()
     for axis, placement in enumerate(stack.placements):
         if shard_dim(placement) is not None:
             size //= stack.device_mesh.size(axis)
-    share = count // ranks
+    share = -(-count // ranks)
     if share < 2 or size < OVERLAP_BYTES:
         return [count]
-    return [(share - share // 2) * ranks, share // 2 * ranks]
+    first = (share - share // 2) * ranks
+    return [first, count - first]
 
 
 def _way(
@@ -129,8 +130,17 @@ def _way(
         algebra.of_reduced(placements) if reduced else placements, target, order
     ):
         way.append((axis, before, after, (size, *tensor.shape[1:])))
-        size = size // tensor.device_mesh.size(axis) if after[axis] == Shard(0) else size
+        if after[axis] == Shard(0):
+            size = _own_share(tensor.device_mesh, axis, size)
     return way
+
+
+@constant
+def _own_share(mesh: DeviceMesh, axis: int, count: int) -> int:
+    """How many of ``count`` matrices this rank works on after a move along ``axis``."""
+    coordinates = mesh.get_coordinate()
+    assert coordinates is not None
+    return shares(count, mesh.size(axis))[coordinates[axis]]
 
 
 def _sent(flying: list[Flying], mesh: DeviceMesh, ways: Sequence[Sequence[Move]]) -> list[Flying]:
@@ -159,7 +169,3 @@ def _started(
 
 def _here(local: Tensor) -> Flying:
     return lambda: local
-
-
-def _padded(local: Tensor, padding: int) -> Tensor:
-    return torch.cat((local, local.new_zeros((padding, *local.shape[1:])))) if padding else local

@@ -22,12 +22,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conformance.plan.operators import Operator
-from dion_dtensor import exchange
 from dion_dtensor.layout import StorageLayout
 from dion_dtensor.orthonormalize import gram
 from dion_dtensor.planning import Cost, Transfer
 from dion_dtensor.planning.buckets import collective
 from dion_dtensor.planning.predict import basis_flops
+from dion_dtensor.routes import ROUTES
 from dion_dtensor.rules import RULES
 from dion_dtensor.updates import Plan, update_of
 
@@ -210,7 +210,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             self.operators.append(Operator.of(function, args, kwargs, count))
         if name in COLLECTIVES:
             axis = next(self.axes[arg] for arg in reversed(args) if isinstance(arg, str) and arg in self.axes)
-            self._sent(COLLECTIVES[name], axis, args[0].numel() * args[0].element_size())
+            size = args[0].numel()
+            self.collectives.append((axis, size * args[0].element_size()))
+            if COLLECTIVES[name] == "all_to_all":  # where ranks work on more or fewer, one may receive more
+                size = max(size, sum(args[1]))
+            self._sent(COLLECTIVES[name], axis, size * args[0].element_size())
         elif name.startswith(("_c10d_functional.", "_dtensor.")) and not name.endswith(LOCAL):
             raise NotImplementedError(f"{name} is a collective whose bytes are not counted yet")
         elif name in ("dion_dtensor.start_fetch", "dion_dtensor.start_return"):
@@ -228,17 +232,20 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _sent(self, name: str, axis: int, size: float) -> None:
         self.transfers.append(collective(name, axis, self.sizes[axis], size))
-        self.collectives.append((axis, int(size)))
 
     def _rows(self, fetch: bool, args: tuple[Any, ...]) -> tuple[int, int]:
         """Which rows travel depends on the data: as many as if every rank held as many of them as any other.
 
+        Of as many matrices as the rank has that works on most.
+
         Returns:
             Bytes of what is sent on the last hop and of what arrives, which take memory until it is waited for.
         """
-        values, chosen, route = args[0], args[1], exchange._routes[args[2]]
+        values, chosen, route, matrices = args[0], args[1], ROUTES[args[2]], args[3]
+        along = [one for one in args[5 if fetch else 6 :] if one is not None]
         before, after = (route.sharded, route.split) if fetch else (route.split, route.sharded)
-        rows, width = float(chosen.numel()), values.shape[2] * values.element_size()
+        rows = float(matrices * chosen.shape[1])
+        width = sum(one.shape[2] * one.element_size() for one in (values, *along))
         for size, shared in zip(route.sizes, before, strict=True):
             rows /= size if shared else 1
         sent = arrived = 0
@@ -252,7 +259,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
             held, travels = rows * width, True
             rows *= 1 if after[axis] else size
             name = "all_to_all" if after[axis] else "all_gather"
-            self._sent(name, self.axes[route.mesh.get_group(route.axes[axis]).group_name], held)
+            of_mesh = self.axes[route.mesh.get_group(route.axes[axis]).group_name]
+            self.collectives.append((of_mesh, int(held)))
+            self._sent(name, of_mesh, held)
             kept, sent, arrived = arrived, int(held if after[axis] else held * size), int(rows * width)
             self.peak = max(self.peak, self.live + kept + sent + arrived)
         if not travels:  # copied, lest they be written over

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
@@ -83,7 +82,7 @@ class Bucket:
 
 @dataclass(frozen=True)
 class Transfer:
-    """Bytes that a rank sends by one collective on one axis, by the ring's count.
+    """Bytes that a rank sends by one collective on one axis, by the ring's count; or receives, where that is more.
 
     Of x bytes on a rank, A ranks: all-gather (A - 1) x, reduce-scatter and all-to-all (A - 1)/A x, all-reduce twice
     that.
@@ -141,15 +140,15 @@ def collective(name: str, axis: int, size: int, local_bytes: float) -> Transfer:
 
 
 def sharing(sizes: Sequence[int], shards: Shards, count: int) -> tuple[tuple[int, ...], int]:
-    """The axes whose ranks share ``count`` matrices, and the matrices of each rank, padding included.
+    """The axes whose ranks share ``count`` matrices, and the most matrices of a rank.
 
-    As ``layout.compute_placements``: sharded axes first, each as long as padding at most doubles what remains.
+    As ``layout.sharing_axes``, sharded axes first.
     """
     split: list[int] = []
     remaining = count
     for axis in sorted(range(len(sizes)), key=lambda axis: shards[axis] is None):
         share = -(-remaining // sizes[axis])
-        if remaining > 1 and share * sizes[axis] <= 2 * remaining:
+        if remaining > 1 and (shards[axis] in (0, 1) or share * sizes[axis] <= 2 * remaining):
             split.append(axis)
             remaining = share
     return tuple(sorted(split)), remaining
@@ -164,6 +163,7 @@ def assembly(
     into: int,
     back: int,
     order: Sequence[int] = (),
+    like: Shards | None = None,
 ) -> tuple[list[Transfer], int]:
     """What ``on_whole_matrices`` sends for ``count`` matrices, and how many of them a rank works on.
 
@@ -179,37 +179,34 @@ def assembly(
         into: bytes of an element on the way in.
         back: on the way back.
         order: as in :class:`Bucket`.
+        like: shards of the matrices that these go along with; None where they go alone.
     """
-    split, own = sharing(sizes, shards, count)
-    held: float = own * math.prod(sizes[axis] for axis in split)
+    split, own = sharing(sizes, like or shards, count)
+    each = 1.0  # elements of a matrix that a rank has
     for dim, size in ((0, rows), (1, columns)):
         local = size
         for axis, shard in enumerate(shards):
             if shard == dim:
                 local = -(-local // sizes[axis])
-        held *= local
+        each *= local
     sent: list[Transfer] = []
-    way_back: list[tuple[str | None, int]] = []
-    for axis in _moves(shards, split, order):
-        A, shard, shared = sizes[axis], shards[axis], axis in split
-        if shard is None or shard == PARTIAL:
-            if shard == PARTIAL:
-                name = "reduce_scatter" if shared else "all_reduce"
-                sent.append(collective(name, axis, A, held * into))
+    way_back: list[Transfer] = []
+    for axis in _moves(like or shards, split, order):
+        A, shard, shared, held = sizes[axis], shards[axis], axis in split, count
+        if shared:  # the rank that works on most receives as much as this
+            count = -(-count // A)
+            held = count * A
+        if shard == PARTIAL:
+            sent.append(collective("reduce_scatter" if shared else "all_reduce", axis, A, held * each * into))
+        if shard == PARTIAL or shard is None:
             if shared:
-                held /= A
-                way_back.append(("all_gather", axis))
-        else:
-            sent.append(collective("all_to_all" if shared else "all_gather", axis, A, held * into))
-            held *= 1 if shared else A
-            way_back.append(("all_to_all" if shared else None, axis))
-    for action, axis in reversed(way_back):
-        if action is None:
-            held /= sizes[axis]
-        else:
-            sent.append(collective(action, axis, sizes[axis], held * back))
-            held *= sizes[axis] if action == "all_gather" else 1
-    return sent, own
+                way_back.append(collective("all_gather", axis, A, count * each * back))
+            continue
+        sent.append(collective("all_to_all" if shared else "all_gather", axis, A, held * each * into))
+        if shared:
+            way_back.append(collective("all_to_all", axis, A, held * each * back))
+        each *= A
+    return [*sent, *reversed(way_back)], own
 
 
 def _inner_first(axes: Iterable[int], order: Sequence[int]) -> list[int]:

@@ -117,35 +117,14 @@ def _muon(bucket: Bucket, way: str, fraction: float, *, variance: bool = False) 
     sent, own = assembly(m, n, bucket.count, bucket.sizes, bucket.shards, size, size, bucket.order)
     if variance:
         of_rows = tuple(None if shard == 1 else shard for shard in bucket.shards)
-        sent += _beside(bucket, m, of_rows)
+        sent += assembly(m, 1, bucket.count, bucket.sizes, of_rows, WIDE, WIDE, bucket.order, bucket.shards)[
+            0
+        ]
     flops = own * polynomial_flops(m, n, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, m, n, size)
     # The loops of its rows no longer fuse with that of the weights.
     touched = _of_step(bucket, 10 if variance and _changes_weights(bucket) else 6, 2)
     return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, touched)
-
-
-def _beside(bucket: Bucket, m: int, of_rows: tuple[int | None, ...]) -> list[Transfer]:
-    """The rows' variance, which travels with the matrices it belongs to."""
-    split, own = sharing(bucket.sizes, bucket.shards, bucket.count)
-    held: float = own * math.prod(bucket.sizes[axis] for axis in split) * bucket.local(0, m)
-    sent = []
-    for axis in split:
-        if of_rows[axis] is None:
-            held /= bucket.sizes[axis]
-        else:
-            sent.append(collective("all_to_all", axis, bucket.sizes[axis], held * WIDE))
-    for axis in range(len(bucket.sizes)):
-        if axis not in split and of_rows[axis] is not None:
-            sent.append(collective("all_gather", axis, bucket.sizes[axis], held * WIDE))
-    for axis in split:
-        if of_rows[axis] is not None:
-            sent.append(collective("all_to_all", axis, bucket.sizes[axis], held * WIDE))
-    for axis in split:
-        if of_rows[axis] is None:
-            sent.append(collective("all_gather", axis, bucket.sizes[axis], held * WIDE))
-            held *= bucket.sizes[axis]
-    return sent
 
 
 def _by_gram(bucket: Bucket) -> Cost:
@@ -280,10 +259,15 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
             held *= sizes[axis]
     else:
         copies = tuple(axis for axis, shard in enumerate(shards) if shard is None)
-        planned = _sharing_of(down + along + copies, sizes, bucket.count)
+        axes = down + along + copies
+        places, _ = sharing([sizes[axis] for axis in axes], [shards[axis] for axis in axes], bucket.count)
+        planned = tuple(axes[place] for place in places)
         split = tuple(axis for axis in planned if axis not in along)
         number = -(-bucket.count // math.prod(sizes[axis] for axis in split))
-        moved = bucket.count * chosen * bucket.local(1 - dim) * size / math.prod(sizes[axis] for axis in down)
+        shared = math.prod(sizes[axis] for axis in split)
+        beside = WIDE if only_rows else 0  # the variance goes along with its row
+        moved: float = number * shared * chosen * (bucket.local(1 - dim) * size + beside)
+        moved /= math.prod(sizes[axis] for axis in down)
         moved /= math.prod(sizes[axis] for axis in split if axis in copies)
         at_home = moved
         for axis in down:
@@ -295,29 +279,18 @@ def _on_rows(bucket: Bucket, way: str, fraction: float, *, only_rows: bool) -> C
                 collective("all_gather" if axis in copies else "all_to_all", axis, sizes[axis], at_home)
             )
             at_home *= sizes[axis] if axis in copies else 1
-    if only_rows:  # the variance: all of it to every rank, and the changed values back
-        values: float = bucket.count * bucket.local(0) * WIDE
-        for axis in bucket.inner_first(dim):
-            sent.append(collective("all_gather", axis, sizes[axis], values))
-            values *= sizes[axis]
-        changed: float = number * chosen * WIDE
-        for axis in reversed(split):
-            sent.append(collective("all_gather", axis, sizes[axis], changed))
-            changed *= sizes[axis]
     shards = tuple(None if shard == 0 else shard for shard in shards)
     once, own = assembly(chosen, columns, number, remaining, shards, size, size, bucket.order)
     sent += once
+    if only_rows:
+        copies_of = (None,) * len(shards)
+        sent += assembly(chosen, 1, number, remaining, copies_of, WIDE, WIDE, bucket.order, shards)[0]
     flops = own * polynomial_flops(chosen, columns, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, chosen, columns, size)
     # Ranks that hold parts of the same rows agree on their largest values before these are read again to be summed.
     share = chosen / rows  # of its rows, Dion3 also reads and writes what their norms are divided by
     touched = _of_step(bucket, (8 if along else 6) + (4 if only_rows else 2) * share, 3 * share)
     return Cost({_name(bucket.compute_dtype): flops}, tuple(sent), memory, touched)
-
-
-def _sharing_of(axes: tuple[int, ...], sizes: tuple[int, ...], count: int) -> tuple[int, ...]:
-    split, _ = sharing([sizes[axis] for axis in axes], [0] * len(axes), count)
-    return tuple(axes[index] for index in split)
 
 
 def _elementwise(bucket: Bucket, way: str, fraction: float, *, passes: int) -> Cost:

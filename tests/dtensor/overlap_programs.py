@@ -11,6 +11,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import dion_dtensor
 from dion_dtensor import exchange, whole_matrices
+from dion_dtensor.routes import route
 from dion_dtensor.updates import update_of
 from tests.dtensor.layouts import Layout, build_mesh, lay_out, layout
 from tests.dtensor.programs import full, run_steps
@@ -82,8 +83,8 @@ def lays_what_was_returned() -> bool | None:
     values = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
     chosen = torch.tensor([[0, 3, 5], [1, 2, 7]])
     expected = torch.zeros(2, 8, 5).scatter(1, chosen.unsqueeze(-1).expand_as(values), values)
-    number = exchange.route(mesh, (Shard(1),), 8, ())
+    number = route(mesh, (Shard(1),), 8, ())
     token = exchange.start_return(values, chosen, number, 2, 0, [])
     values.zero_()
-    found: Tensor = exchange.finish_rows([token], (2, 2, 5), values.dtype, [])
+    found: Tensor = exchange.finish_rows([token], (2, 2, 5), values.dtype, [])[0]
     return torch.equal(found, expected.chunk(4, dim=1)[mesh.get_local_rank(0)])

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from dion_dtensor import Dion2, Muon, audit, exchange, updates
+from dion_dtensor import Dion2, Muon, audit, routes, updates
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.checks import check_member
 from dion_dtensor.layout import StorageLayout
@@ -273,7 +273,7 @@ def test_plans_and_routes_are_those_of_the_process_groups_that_there_are() -> No
         torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
         try:
             mesh = init_device_mesh("cpu", axes, mesh_dim_names=("a", "b")[: len(axes)])["ab"[len(axes) - 1]]
-            way = exchange._routes[exchange.route(mesh, (Shard(1),), 6, (0,))]
+            way = routes.ROUTES[routes.route(mesh, (Shard(1),), 6, (0,))]
             assert way.mesh.get_group(way.axes[0]) is mesh.get_group(0)
             weight = torch.nn.Parameter(DTensor.from_local(torch.ones(3, 4), mesh, [Shard(0)]))
             (bucket,) = make("muon", [("w", weight)]).buckets

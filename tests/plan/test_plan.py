@@ -72,7 +72,15 @@ def counted(
 
 @pytest.mark.parametrize("algorithm", HYPER)
 @pytest.mark.parametrize(
-    ("mesh", "number"), [*((mesh, NUMBER) for mesh in MESHES), ("nested", 2), ("4096 ranks", 2)]
+    ("mesh", "number"),
+    [
+        *((mesh, NUMBER) for mesh in MESHES),
+        ("nested", 2),
+        ("fsdp x tp", 3),
+        ("4096 ranks", 2),
+        ("4096 ranks", 16),
+        ("4096 ranks", 100),
+    ],
 )
 def test_closed_forms_are_what_is_counted(mesh: str, algorithm: str, number: int) -> None:
     """On each axis; where there are few matrices, some axes gather what others exchange."""
@@ -99,6 +107,18 @@ def test_a_strided_shard_that_another_one_cuts_is_undone_after_it() -> None:
         (one.axis, pytest.approx(one.bytes, rel=0.01)) for one in counted("cut", "muon", "assemble").transfers
     ]
     assert [one.axis for one in sent] == [2, 0, 1, 1, 0, 2]
+
+
+@pytest.mark.parametrize("algorithm", HYPER)
+@pytest.mark.parametrize(("number", "most"), [(2, 1), (16, 1), (64, 1), (100, 1), (513, 2)])
+def test_ranks_share_matrices_that_are_fewer_than_they_are(algorithm: str, number: int, most: int) -> None:
+    """On 64 x 8 ranks none multiplies more than its share; below 32 matrices each once did the work of all."""
+    sizes, placements = (64, 8), (Shard(0), Shard(1))
+    hyper = HYPER[algorithm] | ({"path": "assemble"} if algorithm == "dion" else {})
+    with fake_mesh(sizes, ("a", "b")) as mesh:
+        cost = launched(mesh, placements, SHAPE, number, algorithm, hyper).cost
+        alone = launched(mesh, placements, SHAPE, 1, algorithm, hyper).cost
+    assert cost.flops == {dtype: most * flops for dtype, flops in alone.flops.items()}
 
 
 def _part(algorithm: str) -> float:
