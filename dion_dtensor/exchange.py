@@ -187,7 +187,8 @@ def finish_rows(
         assert flight.arriving is not None
         places = tuple(_on(results[0], index[flight.arriving]) for index in (first, second))
         for result, part in zip(results, torch.split(flight.rows.sources[0][0], widths, dim=1), strict=True):
-            result[places] = part.contiguous().view(result.dtype)
+            if part.numel():
+                result[places] = part.contiguous().view(result.dtype)
     return results
 
 
