@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from dion_dtensor.agreement import agreed
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.exchange import forget
-from dion_dtensor.gradients import agreed
 
 __all__ = ["undone_on_failure"]
 

@@ -5,8 +5,10 @@ The state of a bucket is kept stacked; ``optimizer.state[parameter]`` holds view
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -149,6 +151,16 @@ class Bucket:
             return (1.0,)
         how = self._scaling()
         return tuple(scale_factor(how[0], (piece.m, piece.n), how[1]) for piece in form.pieces)
+
+    @cached_property
+    def fingerprint(self) -> int:
+        """The same on ranks whose parameters lie alike.
+
+        Neither names nor what lies on no mesh: experts may be others on each rank.
+        """
+        layouts = [member.layout for member in self.members]
+        text = [layout.describe() for layout in layouts if layout.mesh is not None]
+        return zlib.crc32(repr((len(layouts), text)).encode())
 
     def _scaling(self) -> tuple[str | None, str]:
         return self.group.get("scale"), self.group.get("weight_storage", "out_in")

@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Partial, Replicate
 
-from dion_dtensor.assembly import agreed_maximum, local_of, own_shard
+from dion_dtensor.agreement import agreed, differing, fingerprints
+from dion_dtensor.assembly import local_of, own_shard
 from dion_dtensor.buckets import Bucket
 from dion_dtensor.fake import is_fake, with_real_tensors
 from dion_dtensor.layout import StorageLayout, has_partial
 from dion_dtensor.members import Member
 
-__all__ = ["agreed", "checked_gradients"]
+__all__ = ["checked_gradients"]
 
 MOST_NAMED = 12
 """Parameters that an error lists; a model with NaN has it in all of them."""
@@ -25,23 +27,32 @@ TAKEN_OUT, MISSING, FINE, PARTIAL, WHOLE, NOT_FINITE, MISLAID, SPARSE, MOVED = r
 
 
 def checked_gradients(
-    buckets: Sequence[Bucket], members: Sequence[Member], validate: bool, averaged: bool
+    buckets: Sequence[Bucket],
+    members: Sequence[Member],
+    groups: Sequence[Mapping[str, Any]],
+    validate: bool,
+    averaged: bool,
+    refusal: Exception | None = None,
 ) -> list[tuple[Bucket, list[Member], list[Tensor], tuple[int, ...]]]:
     """The members of each bucket that have a gradient, their local gradients, and axes still to be averaged over.
 
     Args:
         buckets: of the optimizer.
         members: those that its groups hold now.
+        groups: the param groups.
         averaged: whether gradients are averages over the axes that their parameters do not know.
         validate: let all ranks of all meshes agree first; otherwise the gradients are taken as they are.
+        refusal: why this rank will not take the step; it is raised, once the others know.
 
     Raises:
         RuntimeError: on all ranks alike, naming each unfit gradient's parameter and what is wrong.
     """
     if validate:
-        problems = _problems(members, buckets)
-        if problems:
+        problems = _problems(members, buckets, groups, refusal is not None)
+        if problems and refusal is None:
             raise RuntimeError("no parameter was changed by this step:\n" + "\n".join(problems))
+    if refusal is not None:
+        raise refusal
     work, held = [], set(map(id, members))
     for bucket in buckets:
         given = [one for one in bucket.members if one.parameter.grad is not None and id(one) in held]
@@ -87,7 +98,12 @@ def _local(grad: Tensor, layout: StorageLayout) -> Tensor:
     return own_shard(grad, layout) if isinstance(grad, DTensor) else grad
 
 
-def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]:
+def _problems(
+    members: Sequence[Member],
+    buckets: Sequence[Bucket],
+    groups: Sequence[Mapping[str, Any]],
+    refused: bool,
+) -> list[str]:
     """What is wrong with each parameter's gradient on any rank; the same list on every rank.
 
     All that the optimizer was made with are agreed on, so that all ranks send as many numbers whatever is in their
@@ -103,14 +119,24 @@ def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]
     moved = [bucket.has_moved() for bucket in recording]
     turns = [bucket.recorder.turns for bucket in recording if bucket.recorder is not None]
     flags = [*moved, *turns, *(-turn for turn in turns)]
+    prints = fingerprints(buckets, groups) if not refused else [0] * (1 + len(groups))
+    both = [sign * one for one in prints for sign in (1, -1)]
     try:
-        found = agreed([*mine, *(-code for code in mine), *flags], members)
+        found = agreed([refused, *both, *mine, *(-code for code in mine), *flags], members)
     except RuntimeError as error:
         raise RuntimeError(
             "no parameter was changed by this step: the ranks could not agree on the gradients; has a rank died? "
             f"({error})"
         ) from error
     rest = iter(found)
+    if next(rest):
+        return ["  another rank has refused this step, see its error"]
+    of_prints = list(islice(rest, len(both)))
+    differ = differing(
+        list(zip(of_prints[::2], (-one for one in of_prints[1::2]), strict=True)), members, groups
+    )
+    if differ:
+        return differ
     largest, smallest = list(islice(rest, len(members))), [-code for code in islice(rest, len(members))]
     of_buckets = [list(islice(rest, len(recording))) for _ in range(3)]
     for bucket, anywhere, most, least in zip(recording, *of_buckets, strict=True):
@@ -153,38 +179,10 @@ def _problems(members: Sequence[Member], buckets: Sequence[Bucket]) -> list[str]
     return texts if more <= 0 else [*texts[:MOST_NAMED], f"  and {more} more"]
 
 
-def agreed(own: Sequence[int], members: Sequence[Member]) -> list[int]:
-    """The elementwise maximum of ``own`` over the ranks of all of ``members``, the same on each.
-
-    Of fake parameters it is ``own``: there are no other ranks.
-
-    Raises:
-        RuntimeError: a rank did not take part.
-    """
-    if any(is_fake(member.parameter) for member in members):
-        return list(own)
-    meshes, values = _meshes(members), torch.tensor(own, device="cpu")
-    # Parameters may lie on several meshes: what one of them learns is carried to the ranks of the next.
-    for mesh in meshes * len(meshes):
-        values = agreed_maximum(values.to(mesh.device_type), mesh)
-    found: list[int] = values.tolist()
-    return found
-
-
 def _elsewhere(member: Member) -> str:
     """The ranks of a parameter's mesh, which :meth:`StorageLayout.describe` leaves out."""
     own = member.parameter
     return f" of the ranks {own.device_mesh.mesh.tolist()}" if isinstance(own, DTensor) else ""
-
-
-def _meshes(members: Sequence[Member]) -> list[DeviceMesh]:
-    """The meshes of the parameters, in an order that all ranks share; one alone if it has the ranks of all."""
-    meshes = list(dict.fromkeys(member.layout.mesh for member in members if member.layout.mesh is not None))
-    ranks = [set(mesh.mesh.flatten().tolist()) for mesh in meshes]
-    for mesh, own in zip(meshes, ranks, strict=True):
-        if all(other <= own for other in ranks):
-            return [mesh]
-    return meshes
 
 
 def _codes(members: Sequence[Member]) -> list[int]:

@@ -249,12 +249,18 @@ class OrthonormalOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        members = self.members()
+        members, refusal = list[Member](), None
         with own_arithmetic({bucket.device.type for bucket in self.buckets}):
-            for group in self.param_groups:  # schedules write into them
-                check_group(group, foreign=True, wait=False)
-            adopt(members, self.state)
-            work = checked_gradients(self.buckets, members, self.validate, self.averaged)
+            try:
+                members = self.members()
+                for group in self.param_groups:  # schedules write into them
+                    check_group(group, foreign=True, wait=False)
+                adopt(members, self.state)
+            except (RuntimeError, ValueError) as error:
+                refusal = error  # raised once the other ranks know, which would wait for this one
+            work = checked_gradients(
+                self.buckets, members, self.param_groups, self.validate, self.averaged, refusal
+            )
             if not work and not self._steps:
                 check_why_nothing_steps(members)
             self._steps += 1  # at once: half a step that is not undone has begun to train these parameters

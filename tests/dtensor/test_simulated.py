@@ -61,6 +61,11 @@ def test_large_meshes_agree_with_one_device(name: str, where: Layout) -> None:
     check(where, name, shapes=FEW)
 
 
+@pytest.mark.parametrize("name", ["dion2", "dion3"])
+def test_ranks_without_columns_send_nothing(name: str) -> None:
+    check(layout("2x4 S0 S1"), name, shapes=((9, 9), (9, 9)))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*EVERY, "adamw", "lion"])
 @pytest.mark.parametrize("where", SAMPLE + SWEEP, ids=str)
