@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def fingerprints(buckets: Sequence[Bucket], groups: Sequence[Mapping[str, Any]])
     """The same on ranks that are alike: a number for all parameters, and one for the values of each group."""
     kinds = [group["algorithm"] for group in groups]
     held = [bucket.fingerprint for bucket in buckets]
-    return [_digest((held, kinds)), *(_digest(_values(group)) for group in groups)]
+    values = ([(name, _comparable(value)) for name, value in _values(group)] for group in groups)
+    return [_digest((held, kinds)), *map(_digest, values)]
 
 
 def differing(
@@ -86,6 +88,15 @@ def _values(group: Mapping[str, Any]) -> list[tuple[str, object]]:
         for name, value in values.items()
         if not (isinstance(value, Tensor) and value.device.type != "cpu")
     ]
+
+
+def _comparable(value: object) -> object:
+    """What has the same text on all ranks if it is the same: functions have addresses in theirs."""
+    if isinstance(value, Real):
+        return float(value)
+    if isinstance(value, tuple | list):
+        return [_comparable(one) for one in value]
+    return value if isinstance(value, str) else type(value).__name__
 
 
 def _digest(value: object) -> int:

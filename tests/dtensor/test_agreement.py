@@ -13,6 +13,7 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from conformance.rank_threads import on_threads
 from dion_dtensor import Dion2, Muon
+from dion_dtensor.agreement import _comparable
 from dion_dtensor.optimizer import OrthonormalOptimizer
 from tests.dtensor.failing_programs import give_gradients, trainer
 
@@ -67,6 +68,25 @@ def test_hyperparameters_that_differ_between_ranks_are_named_on_all(name: str, v
     shown = value.item() if isinstance(value, torch.Tensor) else value
     assert f"{name}={shown}" in second
     assert f"{name}={shown}" not in first
+
+
+def test_hyperparameters_that_are_written_otherwise_do_not_differ() -> None:
+    def step() -> bool:
+        parameters, optimizer = trainer(Muon, DeviceMesh("cpu", [0, 1]))
+        give_gradients(parameters, 0)
+        group, other = optimizer.param_groups[0], dist.get_rank()
+        group["lr"], group["maximize"] = (torch.tensor(0.5), 1) if other else (0.5, True)
+        group["polynomial"] = [(3.0, -4.0, 2.0)] if other else ((3, -4, 2),)
+        optimizer.step()
+        return True
+
+    assert all(on_threads(step, 2))
+
+
+def test_objects_are_compared_by_their_kind_alone() -> None:
+    """The text of a function has an address."""
+    assert _comparable([lambda: 1]) == _comparable((lambda: 2,)) == ["function"]
+    assert _comparable(None) != _comparable("a")
 
 
 def test_a_group_that_one_rank_alone_adds_is_known_to_all() -> None:
