@@ -61,6 +61,13 @@ def test_every_script_is_run_here() -> None:
     assert len(SAMPLES) > 5
 
 
+def test_the_memory_of_a_run_is_told_without_it(tmp_path: Path) -> None:
+    (tmp_path / "memory.py").write_text(SCRIPTS["memory.py"])
+    printed = run(tmp_path, "memory.py")
+    assert re.search(r"Parameter: [0-9.]+ MiB", printed)
+    assert re.search(r"Optstate: [0-9.]+ MiB", printed)
+
+
 def test_the_samples_run_one_after_the_other(tmp_path: Path) -> None:
     (tmp_path / "samples.py").write_text("\n".join(SAMPLES))
     printed = run(tmp_path, "samples.py")
