@@ -27,14 +27,15 @@ BLOCK = 256
 def agreed(own: Sequence[int], members: Sequence[Member]) -> list[int]:
     """The elementwise maximum of ``own`` over the ranks of all of ``members``, the same on each.
 
-    Of fake parameters it is ``own``: there are no other ranks.
+    Without other ranks, as of fake parameters, it is ``own``.
 
     Raises:
         RuntimeError: a rank did not take part.
     """
-    if any(is_fake(member.parameter) for member in members):
+    # Fake tensors come all or none.
+    meshes = [] if members and is_fake(members[0].parameter) else _meshes(members)
+    if not meshes:
         return list(own)
-    meshes = _meshes(members)
     # To whole blocks, so that ranks that hold different parameters still send as many numbers, and can say so.
     values = torch.tensor([*own, *[0] * (-len(own) % BLOCK)], device="cpu")
     # Parameters may lie on several meshes: what one of them learns is carried to the ranks of the next.

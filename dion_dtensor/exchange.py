@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -179,9 +180,7 @@ def finish_rows(
     flown = [_flights.pop(token.data_ptr()) for token in tokens]
     for flight, _, _ in flown:
         flight.landed()
-    results = [tokens[0].new_zeros(tuple(shape), dtype=dtype)]
-    if beside:
-        results.append(tokens[0].new_zeros((*shape[:-1], beside), dtype=beside_dtype))
+    results = _zeros(tokens[0], shape, dtype, beside, beside_dtype)
     widths = [one.shape[-1] * one.element_size() for one in results]
     for flight, first, second in flown:
         assert flight.arriving is not None
@@ -193,28 +192,9 @@ def finish_rows(
 
 
 @start_fetch.register_fake
-def _(
-    local: Tensor,
-    chosen: Tensor,
-    number: int,
-    matrices: int,
-    after: Sequence[Tensor],
-    beside: Tensor | None = None,
-) -> Tensor:
-    return local.new_empty(1, dtype=torch.uint8)
-
-
 @start_return.register_fake
-def _(
-    values: Tensor,
-    chosen: Tensor,
-    number: int,
-    matrices: int,
-    before: int,
-    after: Sequence[Tensor],
-    beside: Tensor | None = None,
-) -> Tensor:
-    return values.new_empty(1, dtype=torch.uint8)
+def _(rows: Tensor, *others: Any) -> Tensor:
+    return rows.new_empty(1, dtype=torch.uint8)
 
 
 @finish_rows.register_fake
@@ -226,9 +206,16 @@ def _(
     beside: int = 0,
     beside_dtype: torch.dtype | None = None,
 ) -> list[Tensor]:
-    found = [tokens[0].new_empty(tuple(shape), dtype=dtype)]
+    return _zeros(tokens[0], shape, dtype, beside, beside_dtype)
+
+
+def _zeros(
+    token: Tensor, shape: Sequence[int], dtype: torch.dtype, beside: int, beside_dtype: torch.dtype | None
+) -> list[Tensor]:
+    """What :func:`finish_rows` lays rows among."""
+    found = [token.new_zeros(tuple(shape), dtype=dtype)]
     if beside:
-        found.append(tokens[0].new_empty((*shape[:-1], beside), dtype=beside_dtype))
+        found.append(token.new_zeros((*shape[:-1], beside), dtype=beside_dtype))
     return found
 
 

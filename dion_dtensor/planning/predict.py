@@ -117,9 +117,10 @@ def _muon(bucket: Bucket, way: str, fraction: float, *, variance: bool = False) 
     sent, own = assembly(m, n, bucket.count, bucket.sizes, bucket.shards, size, size, bucket.order)
     if variance:
         of_rows = tuple(None if shard == 1 else shard for shard in bucket.shards)
-        sent += assembly(m, 1, bucket.count, bucket.sizes, of_rows, WIDE, WIDE, bucket.order, bucket.shards)[
-            0
-        ]
+        beside, _ = assembly(
+            m, 1, bucket.count, bucket.sizes, of_rows, WIDE, WIDE, bucket.order, bucket.shards
+        )
+        sent += beside
     flops = own * polynomial_flops(m, n, dtype=bucket.compute_dtype, symmetric=bucket.symmetric)
     memory = _local_memory(bucket) + _polynomial_memory(own, m, n, size)
     # The loops of its rows no longer fuse with that of the weights.
