@@ -35,6 +35,7 @@ class Dion(torch.optim.Optimizer):
         super().__init__(params, hyper)
         self.how, self.orthonormal = how, orthonormal
 
+    # torch types a second way to call it, with a closure, which no test takes.
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
